@@ -1,0 +1,39 @@
+"""Fixtures that every test may use: the backends that can run here, the device, and poisoned memory."""
+
+import os
+
+import pytest
+import torch
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if DEVICE == "cpu":
+    # before any kernel module is imported: run the real kernel sources in Triton's interpreter
+    os.environ["TRITON_INTERPRET"] = "1"
+
+from tokencache_kernels import backends  # noqa: E402
+
+
+@pytest.fixture
+def device() -> str:
+    """The device under test."""
+    return DEVICE
+
+
+@pytest.fixture(params=["reference", "native", "triton"])
+def backend(request: pytest.FixtureRequest) -> str:
+    """Every backend that can run here, by name; a test of an op that it lacks skips with its reason."""
+    family = getattr(request.module, "OPS", ())
+    for op in family:
+        reason = backends.unavailable(request.param, op, torch.device(DEVICE), torch.float32)
+        if reason is not None:
+            pytest.skip(f"{request.param}: {reason}")
+    return str(request.param)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """Fill fresh memory with NaN (integers with their maximum), so that an element left unwritten shows up."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)

@@ -1,0 +1,68 @@
+"""Who runs an op: plain PyTorch, the native library, or Triton.
+
+A backend is a module with functions named like the ops (the contract is spelled out in ``reference``) and one function
+``unavailable(device, dtype) -> str | None``, the reason it cannot run there.
+"""
+
+import importlib
+import logging
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from .. import settings
+from ..errors import BackendUnavailableError
+
+logger = logging.getLogger(__name__)
+
+# what "auto" tries, in this order; "reference" is last and always runs
+_PREFERENCE = {"cuda": ("triton", "native", "reference"), "cpu": ("native", "reference")}
+
+
+def resolve(
+    op: str, device: torch.device, dtype: torch.dtype, backend: str = "auto"
+) -> Callable[..., Any]:
+    """Return the function that runs ``op`` on ``device``.
+
+    A backend asked for by name, as an argument or through ``TOKENCACHE_BACKEND``, either runs or raises; only
+    ``"auto"`` may pick another, and says at debug level what it passed over and why.
+
+    Raises:
+        ValueError: ``backend`` is not a backend's name.
+        BackendUnavailableError: the backend named cannot run ``op`` here.
+    """
+    if backend not in settings.BACKENDS:
+        raise ValueError(
+            f"{op}: backend must be one of {', '.join(settings.BACKENDS)}, got {backend!r}"
+        )
+    name = settings.backend() if backend == "auto" else backend
+    if name != "auto":
+        reason = unavailable(name, op, device, dtype)
+        if reason is not None:
+            raise BackendUnavailableError(f"{op}: backend {name!r} cannot run here: {reason}")
+        return getattr(load(name), op)
+    for name in _PREFERENCE.get(device.type, ("reference",)):
+        reason = unavailable(name, op, device, dtype)
+        if reason is None:
+            return getattr(load(name), op)
+        logger.debug("%s: passing over backend %r: %s", op, name, reason)
+    raise AssertionError("the reference backend is always available")
+
+
+def unavailable(name: str, op: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """The reason why backend ``name`` cannot run ``op`` on ``device`` in ``dtype``, or None."""
+    try:
+        module = load(name)
+    except ImportError as error:
+        return f"it cannot be imported ({error})"
+    reason: str | None = module.unavailable(device, dtype)
+    if reason is None and not hasattr(module, op):
+        reason = f"it has no {op}"
+    return reason
+
+
+def load(name: str) -> ModuleType:
+    """Import the backend's module on first use."""
+    return importlib.import_module(f"{__name__}.{name}")

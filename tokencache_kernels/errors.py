@@ -1,0 +1,17 @@
+"""Every exception that the package raises on purpose, besides Python's own."""
+
+
+class TokenCacheError(Exception):
+    """The base of the exceptions below."""
+
+
+class BackendUnavailableError(TokenCacheError, RuntimeError):
+    """A backend was asked for by name and cannot run here; the message says why."""
+
+
+class UnsupportedInputError(TokenCacheError, NotImplementedError):
+    """The input is valid, but this package has no way to handle it; the message names what it can handle."""
+
+
+class CacheMissError(TokenCacheError, LookupError):
+    """A cached feature was asked for before a full step had stored it."""

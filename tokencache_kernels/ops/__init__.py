@@ -1,0 +1,39 @@
+"""The public functional API, one file per family: check, then hand over to a backend.
+
+Every op is registered with PyTorch under ``torch.ops.tokencache_kernels`` with a fake implementation; in-place ops end
+in ``_`` and return their argument; each has a functional twin. No op synchronises with the host.
+"""
+
+from .attention import attention, project_qkv_
+from .linear import linear, linear_scatter, linear_scatter_
+from .mlp import mlp, mlp_
+from .modulate import add_branches, add_branches_, gather_modulate, row_pass, row_pass_
+from .rows import gather_rows, scatter_rows, scatter_rows_
+from .select import invert_indices, select_cycle_, select_tokens, select_tokens_
+from .statistics import attention_entropy, attention_received, head_norms, token_change
+
+__all__ = [
+    "add_branches",
+    "add_branches_",
+    "attention",
+    "attention_entropy",
+    "attention_received",
+    "gather_modulate",
+    "gather_rows",
+    "head_norms",
+    "invert_indices",
+    "linear",
+    "linear_scatter",
+    "linear_scatter_",
+    "mlp",
+    "mlp_",
+    "project_qkv_",
+    "row_pass",
+    "row_pass_",
+    "scatter_rows",
+    "scatter_rows_",
+    "select_cycle_",
+    "select_tokens",
+    "select_tokens_",
+    "token_change",
+]

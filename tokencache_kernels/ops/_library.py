@@ -1,0 +1,31 @@
+"""Registers the ops with PyTorch: one namespace, schemas by hand, a fake implementation for each."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import backends
+
+NAMESPACE = "tokencache_kernels"
+_LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+
+
+def define(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """Define one op and return its overload; the schema's last argument is ``str backend``."""
+    name = schema.split("(", 1)[0]
+    _LIBRARY.define(schema)
+    for key in ("CPU", "CUDA"):
+        _LIBRARY.impl(name, implementation, key)
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
+    return getattr(getattr(torch.ops, NAMESPACE), name).default
+
+
+def run(op: str, anchor: Tensor, backend: str) -> Callable[..., Any]:
+    """The function that runs ``op`` where ``anchor`` lies; called inside a registered op, never traced."""
+    return backends.resolve(op, anchor.device, anchor.dtype, backend)
+
+
+def no_result(*_: Any) -> None:
+    """The fake implementation of every op that only writes in place."""

@@ -1,0 +1,33 @@
+"""Every environment variable that the package reads, each read in one place and at the time of use."""
+
+import os
+
+BACKENDS = ("auto", "triton", "native", "reference")
+
+
+def backend() -> str:
+    """``TOKENCACHE_BACKEND``: the backend of every op called with ``backend="auto"``."""
+    name = os.environ.get("TOKENCACHE_BACKEND", "auto")
+    if name not in BACKENDS:
+        raise ValueError(f"TOKENCACHE_BACKEND must be one of {', '.join(BACKENDS)}, got {name!r}")
+    return name
+
+
+def check_indices() -> bool:
+    """``TOKENCACHE_CHECK_INDICES=1``: read index values on the host and check range and uniqueness."""
+    return os.environ.get("TOKENCACHE_CHECK_INDICES", "0") == "1"
+
+
+def launch_settings_path() -> str | None:
+    """``TOKENCACHE_LAUNCH_SETTINGS``: a JSON file of launch settings that go before the shipped ones."""
+    return os.environ.get("TOKENCACHE_LAUNCH_SETTINGS")
+
+
+def native_library_path() -> str | None:
+    """``TOKENCACHE_NATIVE_LIBRARY``: the native library to load instead of the installed one."""
+    return os.environ.get("TOKENCACHE_NATIVE_LIBRARY")
+
+
+def is_interpreting() -> bool:
+    """``TRITON_INTERPRET=1``: Triton's own switch to run kernels on the CPU, in NumPy."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"

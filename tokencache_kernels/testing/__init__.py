@@ -1,0 +1,13 @@
+"""Shipped because users test too: inputs, error budgets, tiny models."""
+
+from .budget import assert_within_budget, error_budget
+from .inputs import distinct_scores, in_float64, random_indices, randn
+
+__all__ = [
+    "assert_within_budget",
+    "distinct_scores",
+    "error_budget",
+    "in_float64",
+    "randn",
+    "random_indices",
+]
