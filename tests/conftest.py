@@ -1,4 +1,4 @@
-"""Fixtures that every test may use: the backends that can run here, the device, and poisoned memory."""
+"""Fixtures for every test: the backends that can run here, the device, and poisoned memory."""
 
 import os
 
@@ -21,7 +21,7 @@ def device() -> str:
 
 @pytest.fixture(params=["reference", "native", "triton"])
 def backend(request: pytest.FixtureRequest) -> str:
-    """Every backend that can run here, by name; a test of an op that it lacks skips with its reason."""
+    """Every backend that can run here; a test of an op that it lacks skips with its reason."""
     family = getattr(request.module, "OPS", ())
     for op in family:
         reason = backends.unavailable(request.param, op, torch.device(DEVICE), torch.float32)
@@ -32,7 +32,7 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(autouse=True)
 def poisoned_memory():
-    """Fill fresh memory with NaN (integers with their maximum), so that an element left unwritten shows up."""
+    """Fill fresh memory with NaN (integers: their maximum), so that an unwritten element shows."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield

@@ -10,7 +10,7 @@ class BackendUnavailableError(TokenCacheError, RuntimeError):
 
 
 class UnsupportedInputError(TokenCacheError, NotImplementedError):
-    """The input is valid, but this package has no way to handle it; the message names what it can handle."""
+    """The input is valid, but there is no way to handle it; the message names what there is."""
 
 
 class CacheMissError(TokenCacheError, LookupError):

@@ -1,4 +1,4 @@
-"""Every environment variable that the package reads, each read in one place and at the time of use."""
+"""Every environment variable that the package reads, each in one place, at the time of use."""
 
 import os
 
@@ -14,12 +14,12 @@ def backend() -> str:
 
 
 def check_indices() -> bool:
-    """``TOKENCACHE_CHECK_INDICES=1``: read index values on the host and check range and uniqueness."""
+    """``TOKENCACHE_CHECK_INDICES=1``: read indices on the host, check range and uniqueness."""
     return os.environ.get("TOKENCACHE_CHECK_INDICES", "0") == "1"
 
 
 def launch_settings_path() -> str | None:
-    """``TOKENCACHE_LAUNCH_SETTINGS``: a JSON file of launch settings that go before the shipped ones."""
+    """``TOKENCACHE_LAUNCH_SETTINGS``: a JSON file of launch settings to prefer to the shipped."""
     return os.environ.get("TOKENCACHE_LAUNCH_SETTINGS")
 
 

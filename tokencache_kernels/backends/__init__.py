@@ -1,7 +1,8 @@
 """Who runs an op: plain PyTorch, the native library, or Triton.
 
-A backend is a module with functions named like the ops (the contract is spelled out in ``reference``) and one function
-``unavailable(device, dtype) -> str | None``, the reason it cannot run there.
+A backend is a module with functions named like the ops (the contract is spelled out in
+``reference``) and one function ``unavailable(device, dtype) -> str | None``, the reason it cannot
+run there.
 """
 
 import importlib
@@ -26,8 +27,8 @@ def resolve(
 ) -> Callable[..., Any]:
     """Return the function that runs ``op`` on ``device``.
 
-    A backend asked for by name, as an argument or through ``TOKENCACHE_BACKEND``, either runs or raises; only
-    ``"auto"`` may pick another, and says at debug level what it passed over and why.
+    A backend asked for by name, as an argument or through ``TOKENCACHE_BACKEND``, either runs or
+    raises; only ``"auto"`` may pick another, and says at debug level what it passed over and why.
 
     Raises:
         ValueError: ``backend`` is not a backend's name.

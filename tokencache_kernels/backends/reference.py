@@ -1,11 +1,12 @@
 """What every op means, in plain PyTorch: the specification that each fast path is judged by.
 
-Runs on any device and in any floating dtype, and is differentiable. Every function computes in the dtype it is given,
-so that float64 inputs give the exact result and low-precision inputs the rounding of eager PyTorch. An index outside
-[0, N) is an empty slot: it reads zeros and writes nothing.
+Runs on any device and in any floating dtype, and is differentiable. Every function computes in the
+dtype it is given, so that float64 inputs give the exact result and low-precision inputs the
+rounding of eager PyTorch. An index outside [0, N) is an empty slot: it reads zeros and writes
+nothing.
 
-The backends share one contract: functions named like the ops, inputs already checked, in-place functions return
-nothing, and ``out`` may be the input itself.
+The backends share one contract: functions named like the ops, inputs already checked, in-place
+functions return nothing, and ``out`` may be the input itself.
 """
 
 from collections.abc import Callable
@@ -48,7 +49,7 @@ def gather_rows(hidden_states: Tensor, indices: Tensor) -> Tensor:
 
 def scatter_rows_(cache: Tensor, indices: Tensor, rows: Tensor) -> None:
     """cache[b, indices[b, s]] = rows[b, s]; an empty slot writes nothing."""
-    B, N, D = cache.shape
+    _, N, D = cache.shape
     safe, live = _split_empty(indices, N)
     # empty slots are sent to one row past the end, which is then dropped: no host synchronisation
     target = torch.where(live, safe, N)
@@ -71,11 +72,12 @@ def select_tokens_(
     tile: int,
     bonus: float,
 ) -> tuple[Tensor, Tensor]:
-    """For each step of a cycle in turn: combine the scores, take the top tokens, update the staleness.
+    """For each step of a cycle in turn: combine the scores, take the top tokens, update the
+    staleness.
 
-    scores (L, B, N); staleness (L, B, N) int32, updated in place; num_fresh (P, L) int32, or None for ``max_fresh``
-    everywhere. Returns indices (P, L, B, max_fresh) int32, ascending, filled up with -1, and positions (P, L, B, N)
-    int32, the slot of each token or -1.
+    scores (L, B, N); staleness (L, B, N) int32, updated in place; num_fresh (P, L) int32, or None
+    for ``max_fresh`` everywhere. Returns indices (P, L, B, max_fresh) int32, ascending, filled up
+    with -1, and positions (P, L, B, N) int32, the slot of each token or -1.
     """
     base = combine_base(scores, normalize)
     num_steps = 1 if num_fresh is None else num_fresh.shape[0]
@@ -93,7 +95,7 @@ def select_tokens_(
 
 
 def combine_base(scores: Tensor, normalize: bool) -> Tensor:
-    """The score in float32, divided by its L2 norm over the tokens (NaN left out) when ``normalize``."""
+    """The score in float32, over its L2 norm over the tokens (NaN left out) if ``normalize``."""
     base = scores.float()
     if normalize:
         norm = base.nan_to_num(nan=0.0, posinf=torch.inf, neginf=-torch.inf).norm(
@@ -104,7 +106,7 @@ def combine_base(scores: Tensor, normalize: bool) -> Tensor:
 
 
 def add_tile_bonus(scores: Tensor, grid: tuple[int, int], tile: int, bonus: float) -> Tensor:
-    """Multiply the best score of every tile x tile square of the grid by (1 + bonus); ties: the lowest index."""
+    """Multiply the best score of every tile x tile square by (1 + bonus); ties: the lowest."""
     height, width = grid
     lead = scores.shape[:-1]
     ranked = scores.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
@@ -149,22 +151,28 @@ def invert_indices(indices: Tensor, num_tokens: int) -> Tensor:
 # modulate
 
 
-def add_branches(
-    out: Tensor, hidden_states: Tensor, branches: list[Tensor], gates: list[Tensor | None]
-) -> None:
-    """out = hidden_states + sum_j gates[j] * branches[j], added in this order; a gate of None is 1."""
+def sum_branches(
+    hidden_states: Tensor, branches: list[Tensor], gates: list[Tensor | None]
+) -> Tensor:
+    """hidden_states + sum_j gates[j] * branches[j], added in this order; a gate of None is 1."""
     total = hidden_states
     for branch, gate in zip(branches, gates, strict=True):
         total = total + (branch if gate is None else gate[:, None] * branch)
-    if out is not total:
-        out.copy_(total)
+    return total
+
+
+def add_branches(
+    out: Tensor, hidden_states: Tensor, branches: list[Tensor], gates: list[Tensor | None]
+) -> None:
+    """out = hidden_states + sum_j gates[j] * branches[j]."""
+    out.copy_(sum_branches(hidden_states, branches, gates))
 
 
 def gather_modulate(
     hidden_states: Tensor, indices: Tensor, shift: Tensor, scale: Tensor, eps: float
 ) -> Tensor:
-    """out[b, s] = layer_norm(hidden_states[b, indices[b, s]]) * (1 + scale[b]) + shift[b]; an empty slot: 0."""
-    B, N, D = hidden_states.shape
+    """out[b, s] = layer_norm(hidden_states[b, indices[b, s]]) * (1 + scale[b]) + shift[b]."""
+    _, N, D = hidden_states.shape
     rows = gather_rows(hidden_states, indices)
     rows = F.layer_norm(rows, (D,), eps=eps) * (1 + scale[:, None]) + shift[:, None]
     _, live = _split_empty(indices, N)
@@ -207,7 +215,7 @@ def linear_scatter_(
     gate: Tensor | None,
     residual: bool,
 ) -> None:
-    """cache[b, indices[b, s]] = [cache[b, indices[b, s]] +] [gate[b] *] (x[b, s] @ weight.T + bias)."""
+    """cache[b, indices[b, s]] = [its old value +] [gate[b] *] (x[b, s] @ weight.T + bias)."""
     rows = F.linear(x, weight, bias)
     if gate is not None:
         rows = gate[:, None] * rows
@@ -229,7 +237,7 @@ def mlp_(
     activation: str,
     eps: float,
 ) -> None:
-    """cache[b, i] = fc2(activation(fc1(layer_norm(hidden_states[b, i]) * (1 + scale[b]) + shift[b]))), i selected."""
+    """cache[b, i] = fc2(activation(fc1(layer_norm(x[b, i]) * (1 + scale[b]) + shift[b])))."""
     rows = gather_modulate(hidden_states, indices, shift, scale, eps)
     rows = linear(rows, fc1_weight, fc1_bias, activation, None)
     linear_scatter_(cache, indices, rows, fc2_weight, fc2_bias, None, False)
@@ -243,13 +251,13 @@ def attention(
 ) -> tuple[Tensor, Tensor]:
     """Attention of fresh queries over all keys, and the log-sum-exp of each query's scores.
 
-    query (B, S, H, E), key and value (B, N, H, E), key_lengths (B,) int32 or None. Returns (B, S, H, E) and
-    (B, H, S); a query without any key gives zeros and -inf.
+    query (B, S, H, E), key and value (B, N, H, E), key_lengths (B,) int32 or None. Returns (B, S,
+    H, E) and (B, H, S); a query without any key gives zeros and -inf.
     """
     logits = _attention_logits(query, key, key_lengths, softmax_scale)
     lse = torch.logsumexp(logits, dim=-1)
     weights = torch.exp(logits - torch.where(lse.isinf(), 0, lse)[..., None])
-    return torch.einsum("bhsn,bnhe->bshe", weights, value), lse
+    return torch.einsum("bhsn,bnhe->bshe", weights, value).contiguous(), lse
 
 
 def _attention_logits(
@@ -274,13 +282,14 @@ def project_qkv_(
     eps: float,
     rotary: tuple[Tensor, Tensor] | None,
 ) -> Tensor:
-    """Project packed rows to query, key and value; key and value rows go to their place in the caches.
+    """Project packed rows to query, key and value; key and value rows go to their place in the
+    caches.
 
-    x (B, S, D); weight (3 * H * E, D), rows ordered query, key, value; caches (B, N, H, E); query_norm and key_norm
-    (E,) are the weights of an RMS norm over each head; rotary: cosine and sine, (N, E) each, pairs interleaved, applied
-    at each token's own position. Returns the packed query (B, S, H, E).
+    x (B, S, D); weight (3 * H * E, D), rows ordered query, key, value; caches (B, N, H, E);
+    query_norm and key_norm (E,) are the weights of an RMS norm over each head; rotary: cosine and
+    sine, (N, E) each, pairs interleaved, applied at each token's own position. Returns the packed
+    query (B, S, H, E).
     """
-    B, S, _ = x.shape
     _, N, H, E = key_cache.shape
     query, key, value = F.linear(x, weight, bias).unflatten(-1, (3, H, E)).unbind(2)
     if query_norm is not None:
@@ -307,7 +316,7 @@ def _rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
 def attention_received(
     query: Tensor, key: Tensor, lse: Tensor | None, softmax_scale: float
 ) -> Tensor:
-    """The attention each key receives, averaged over the queries: (B, H, N); its mean over N is 1 / N."""
+    """The attention each key receives, averaged over the queries: (B, H, N), sums to 1."""
     logits = _attention_logits(query, key, None, softmax_scale)
     if lse is None:
         return logits.softmax(dim=-1).mean(dim=2)
@@ -328,7 +337,7 @@ def head_norms(x: Tensor) -> Tensor:
 
 
 def token_change(new: Tensor, old: Tensor, metric: str) -> Tensor:
-    """How far each token moved: ``cosine`` = 1 - cos(new, old); ``relative_l1`` = |new - old|_1 / |old|_1."""
+    """How far each token moved: 1 - cos(new, old), or |new - old|_1 / |old|_1."""
     if metric == "cosine":
         return 1 - F.cosine_similarity(new, old, dim=-1)
     return (new - old).abs().sum(-1) / old.abs().sum(-1).clamp_min(1e-12)

@@ -1,7 +1,8 @@
 """The public functional API, one file per family: check, then hand over to a backend.
 
-Every op is registered with PyTorch under ``torch.ops.tokencache_kernels`` with a fake implementation; in-place ops end
-in ``_`` and return their argument; each has a functional twin. No op synchronises with the host.
+Every op is registered with PyTorch under ``torch.ops.tokencache_kernels`` with a fake
+implementation; in-place ops end in ``_`` and return their argument. No op synchronises with the
+host.
 """
 
 from .attention import attention, project_qkv_

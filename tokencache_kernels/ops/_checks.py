@@ -32,7 +32,7 @@ def expect(
         tensor: the argument.
         shape: the sizes wanted; None for a size that may be anything.
         letters: the shape in the docstring's letters, for the message.
-        like: a tensor whose device must be shared, and whose dtype too where ``dtypes`` are the floats.
+        like: a tensor whose device must be shared, and its dtype where ``dtypes`` is left out.
         dtypes: the dtypes allowed when ``like`` does not decide.
     """
     if not isinstance(tensor, Tensor):

@@ -1,4 +1,4 @@
-"""Registers the ops with PyTorch: one namespace, schemas by hand, a fake implementation for each."""
+"""Registers the ops with PyTorch: one namespace, schemas by hand, a fake for each."""
 
 from collections.abc import Callable
 from typing import Any
@@ -23,7 +23,7 @@ def define(schema: str, implementation: Callable[..., Any], fake: Callable[..., 
 
 
 def run(op: str, anchor: Tensor, backend: str) -> Callable[..., Any]:
-    """The function that runs ``op`` where ``anchor`` lies; called inside a registered op, never traced."""
+    """The function that runs ``op`` where ``anchor`` lies; only called inside a registered op."""
     return backends.resolve(op, anchor.device, anchor.dtype, backend)
 
 

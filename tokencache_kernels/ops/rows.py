@@ -1,4 +1,4 @@
-"""Move rows of selected tokens: out of a feature tensor into packed rows, and back into their places."""
+"""Move rows of selected tokens: from a feature tensor into packed rows, and back."""
 
 from torch import Tensor
 
@@ -46,7 +46,8 @@ def gather_rows(hidden_states: Tensor, indices: Tensor, *, backend: str = "auto"
 
     Args:
         hidden_states: (B, N, D), float16, bfloat16, float32 or float64; stride 1 along D.
-        indices: (B, S) int32 on the same device, S <= N. -1 (and any value outside [0, N)) is an empty slot; values
+        indices: (B, S) int32 on the same device, S <= N. -1 (and any value outside [0, N)) is an
+        empty slot; values
             are not read on the host. Repeats are allowed.
         backend: ``"auto"``, ``"triton"``, ``"native"`` or ``"reference"``.
 
@@ -73,12 +74,13 @@ def gather_rows(hidden_states: Tensor, indices: Tensor, *, backend: str = "auto"
 def scatter_rows_(cache: Tensor, indices: Tensor, rows: Tensor, *, backend: str = "auto") -> Tensor:
     """Write packed rows to their tokens' places in the cache.
 
-    ``cache[b, indices[b, s]] = rows[b, s]``; an empty slot writes nothing, and every other row keeps its value.
+    ``cache[b, indices[b, s]] = rows[b, s]``; an empty slot writes nothing, and every other row
+    keeps its value.
 
     Args:
         cache: (B, N, D), written in place; any float dtype; stride 1 along D.
-        indices: (B, S) int32, unique per sample; see ``gather_rows``. With repeats, one of the rows stays.
-        rows: (B, S, D), dtype and device of ``cache``; stride 1 along D.
+        indices: (B, S) int32, unique per sample; see ``gather_rows``. With repeats, one of the
+        rows stays. rows: (B, S, D), dtype and device of ``cache``; stride 1 along D.
         backend: see ``gather_rows``.
 
     Returns:

@@ -1,7 +1,7 @@
 """Shipped because users test too: inputs, error budgets, tiny models."""
 
 from .budget import assert_within_budget, error_budget
-from .inputs import distinct_scores, in_float64, random_indices, randn
+from .inputs import distinct_scores, in_float64, randn, random_indices
 
 __all__ = [
     "assert_within_budget",

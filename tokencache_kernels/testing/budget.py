@@ -1,4 +1,4 @@
-"""How wrong a fast path may be: about as wrong as plain PyTorch in the same dtype, both against float64."""
+"""How wrong a fast path may be: about as wrong as plain PyTorch in its dtype, against float64."""
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ def error_budget(exact: Tensor, rounded: Tensor) -> float:
 
 
 def assert_within_budget(out: Tensor, exact: Tensor, rounded: Tensor) -> None:
-    """Assert that ``out`` is as exact as plain PyTorch is, and that its shape and dtype are the same."""
+    """Assert that ``out`` is as exact as plain PyTorch is, in the same shape and dtype."""
     assert out.shape == rounded.shape, f"shape {tuple(out.shape)}, want {tuple(rounded.shape)}"
     assert out.dtype == rounded.dtype, f"dtype {out.dtype}, want {rounded.dtype}"
     if out.numel() == 0:

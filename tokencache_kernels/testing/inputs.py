@@ -27,7 +27,7 @@ def random_indices(
 
 
 def distinct_scores(*shape: int, device: str = "cpu", seed: int = 0) -> Tensor:
-    """Float32 scores whose neighbours in rank differ by far more than a rounding: a shuffled 1 .. N per row."""
+    """Float32 scores no two of which are near each other: a shuffled 1 .. N per row."""
     *lead, N = shape
     generator = torch.Generator().manual_seed(seed + sum(shape))
     rows = torch.rand(*lead, N, generator=generator).argsort(-1)

@@ -1,0 +1,197 @@
+"""Linear layers on packed rows: the activation fused, the result scattered to its tokens."""
+
+from torch import Tensor
+
+from ..backends import reference
+from ._checks import expect, expect_activation, expect_indices, expect_no_grad, fail
+from ._library import define, no_result, run
+
+
+def _run_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    indices: Tensor | None,
+    backend: str,
+) -> Tensor:
+    out: Tensor = run("linear", x, backend)(x, weight, bias, activation, indices)
+    return out
+
+
+def _run_linear_scatter_(
+    cache: Tensor,
+    indices: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gate: Tensor | None,
+    residual: bool,
+    backend: str,
+) -> None:
+    launch = run("linear_scatter_", cache, backend)
+    launch(cache, indices, x, weight, bias, gate, residual)
+
+
+def _run_linear_scatter(cache: Tensor, *arguments: object) -> Tensor:
+    out = cache.clone()
+    _run_linear_scatter_(out, *arguments)  # type: ignore[arg-type]
+    return out
+
+
+_linear = define(
+    "linear(Tensor x, Tensor weight, Tensor? bias, str activation, Tensor? indices, str backend)"
+    " -> Tensor",
+    _run_linear,
+    lambda x, weight, bias, activation, indices, backend: x.new_empty(
+        *(x if indices is None else indices).shape[:2], weight.shape[0]
+    ),
+)
+_linear_scatter_ = define(
+    "linear_scatter_(Tensor(a!) cache, Tensor indices, Tensor x, Tensor weight, Tensor? bias,"
+    " Tensor? gate, bool residual, str backend) -> ()",
+    _run_linear_scatter_,
+    no_result,
+)
+_linear_scatter = define(
+    "linear_scatter(Tensor cache, Tensor indices, Tensor x, Tensor weight, Tensor? bias,"
+    " Tensor? gate, bool residual, str backend) -> Tensor",
+    _run_linear_scatter,
+    lambda cache, *_: cache.clone(),
+)
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str = "none",
+    indices: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Apply a linear layer and its activation to packed rows, or to rows gathered on the way in.
+
+    ``out[b, s] = activation(x[b, s] @ weight.T + bias)``; with ``indices`` the rows are
+    ``x[b, indices[b, s]]``, and an empty slot is a row of zeros.
+
+    Args:
+        x: (B, S, K) packed rows, or (B, N, K) when ``indices`` is given; any float dtype; stride 1
+            along K.
+        weight: (O, K), dtype and device of ``x``; stride 1 along K.
+        bias: (O,), likewise, or None.
+        activation: ``"none"``, ``"gelu"`` (erf), ``"gelu_tanh"`` or ``"silu"``.
+        indices: (B, S) int32 or None; see ``gather_rows``.
+        backend: ``"auto"``, ``"triton"``, ``"native"`` or ``"reference"``.
+
+    Returns:
+        (B, S, O), contiguous, with the dtype and device of ``x``.
+
+    Raises:
+        ValueError: a shape, stride, device, activation or backend name does not fit.
+        TypeError: a dtype does not fit.
+        RuntimeError: an input requires grad and ``backend`` is not ``"reference"``.
+        BackendUnavailableError: the backend named cannot run here.
+    """
+    expect("linear", "x", x, (None, None, None), "(B, S, K)")
+    expect("linear", "weight", weight, (None, x.shape[2]), "(O, K)", like=x)
+    if bias is not None:
+        expect("linear", "bias", bias, (weight.shape[0],), "(O,)", like=x)
+    expect_activation("linear", activation)
+    if indices is not None:
+        expect_indices("linear", indices, x)
+    if backend == "reference":
+        return reference.linear(x, weight, bias, activation, indices)
+    expect_no_grad("linear", x, weight, bias)
+    out: Tensor = _linear(x, weight, bias, activation, indices, backend)
+    return out
+
+
+def linear_scatter_(
+    cache: Tensor,
+    indices: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    gate: Tensor | None = None,
+    residual: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    """Apply a linear layer to packed rows and store each result in its token's row of the cache.
+
+    ``cache[b, indices[b, s]] = x[b, s] @ weight.T + bias``, times ``gate[b]`` if given, and added
+    to the row's old value with ``residual``. An empty slot writes nothing, and every other row
+    keeps its value.
+
+    Args:
+        cache: (B, N, O), written in place; any float dtype; stride 1 along O.
+        indices: (B, S) int32, unique per sample; see ``gather_rows``.
+        x: (B, S, K) packed rows, dtype and device of ``cache``; stride 1 along K.
+        weight: (O, K), likewise.
+        bias: (O,), likewise, or None.
+        gate: (B, O), likewise, or None.
+        residual: whether to add to the old value instead of replacing it.
+        backend: see ``linear``.
+
+    Returns:
+        ``cache``.
+
+    Raises:
+        ValueError, TypeError, RuntimeError, BackendUnavailableError: see ``linear``.
+
+    Source:
+        The cached tensor is the sub-layer's output before the gate (ToCa, arXiv:2410.05317), so
+        ``gate`` and ``residual`` stay off there.
+    """
+    _check_linear_scatter("linear_scatter_", cache, indices, x, weight, bias, gate)
+    if backend == "reference":
+        reference.linear_scatter_(cache, indices, x, weight, bias, gate, residual)
+        return cache
+    expect_no_grad("linear_scatter_", cache, x, weight, bias, gate)
+    _linear_scatter_(cache, indices, x, weight, bias, gate, residual, backend)
+    return cache
+
+
+def linear_scatter(
+    cache: Tensor,
+    indices: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    gate: Tensor | None = None,
+    residual: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    """Like ``linear_scatter_``, into a new tensor; ``cache`` keeps its value."""
+    _check_linear_scatter("linear_scatter", cache, indices, x, weight, bias, gate)
+    if backend == "reference":
+        out = cache.clone()
+        reference.linear_scatter_(out, indices, x, weight, bias, gate, residual)
+        return out
+    expect_no_grad("linear_scatter", cache, x, weight, bias, gate)
+    out = _linear_scatter(cache, indices, x, weight, bias, gate, residual, backend)
+    return out
+
+
+def _check_linear_scatter(
+    op: str,
+    cache: Tensor,
+    indices: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gate: Tensor | None,
+) -> None:
+    expect(op, "cache", cache, (None, None, None), "(B, N, O)")
+    expect_indices(op, indices, cache)
+    B, _, O = cache.shape  # noqa: E741
+    expect(op, "x", x, (*indices.shape, None), "(B, S, K)", like=cache)
+    expect(op, "weight", weight, (O, x.shape[2]), "(O, K)", like=cache)
+    if bias is not None:
+        expect(op, "bias", bias, (O,), "(O,)", like=cache)
+    if gate is not None:
+        expect(op, "gate", gate, (B, O), "(B, O)", like=cache)
+    if x.shape[2] == 0:
+        fail(op, "x", "have at least one channel", 0)
