@@ -1,0 +1,65 @@
+# On a fresh machine with Python 3.10 or newer and a C++ compiler: `make demo`, or `make test`.
+# Where torch should be another build, name it: make setup TORCH=torch==2.12.0
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+# exact, because a looser request may fetch gigabytes of CUDA packages
+TORCH ?= torch==2.13.0
+TRITON ?= triton==3.6.0
+# Triton 3.6's interpreter does not run under NumPy 2.4
+NUMPY ?= numpy<2.4
+
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip install --quiet --disable-pip-version-check
+NATIVE := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh)
+
+# the environment's cmake, ninja and clang-format go first
+export PATH := $(abspath $(VENV)/bin):$(PATH)
+
+.PHONY: demo setup build lint types test compile-check bench gpu clean
+.NOTPARALLEL:
+
+demo: setup  # the main job: a trained model, dense and cached, side by side
+	$(VENV)/bin/tokencache demo
+
+setup: $(VENV)/.installed  # an environment with the package, editable, its library and every tool
+
+$(VENV)/.installed: Makefile pyproject.toml setup.py CMakeLists.txt $(NATIVE)
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10) and 'Python 3.10 or newer is needed')"
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -c "import torch" 2>/dev/null || $(PIP) "$(TORCH)"
+	$(PIP) "setuptools>=77" cmake ninja pybind11
+	$(PIP) --no-build-isolation --editable ".[demo,dev]" "$(TRITON)" "$(NUMPY)"
+	@touch $@
+
+build: setup  # the native library alone, for work on csrc/
+	cmake -S . -B build -G Ninja -DPython_EXECUTABLE=$(abspath $(PY))
+	cmake --build build
+	cmake --install build --prefix .
+
+lint: setup
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	clang-format --dry-run -Werror $(NATIVE)
+
+types: setup
+	$(PY) -m mypy
+
+compile-check: setup  # every Triton kernel and launch setting, for every architecture; needs no GPU
+	$(PY) -m tokencache_kernels compile-report --arch all --check
+
+# pytest last: its summary is the last line
+test: lint types compile-check  # everything that needs no GPU
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
+
+bench: setup
+	$(PY) -m pytest benchmarks --benchmark-only
+
+# On a machine with a GPU the whole suite runs there. It installs nothing: PY names a Python that has
+# a CUDA build of torch, Triton and pytest (make gpu PY=python3).
+gpu:
+	$(PY) -m pytest
+	$(PY) -m benchmarks.run --all
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -f tokencache_kernels/*.so $(VENV)/.installed

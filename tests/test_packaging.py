@@ -1,0 +1,103 @@
+"""How the package is built, and what it says when it leaves something out."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from tokencache_kernels.version import __version__
+
+ROOT = Path(__file__).resolve().parents[1]
+BUILD = "from setuptools import build_meta; build_meta.build_wheel('dist')"
+WITHOUT_TORCH = f"import sys; sys.modules['torch'] = None; {BUILD}"
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A folder with what the build reads, and hardly anything of the package."""
+    for name in ("CMakeLists.txt", "LICENSE", "MANIFEST.in", "pyproject.toml", "setup.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "README.md").touch()
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    package = tmp_path / "tokencache_kernels"
+    package.mkdir()
+    for name in ("__init__.py", "py.typed", "version.py"):
+        shutil.copy(ROOT / "tokencache_kernels" / name, package)
+    # what an editable install leaves in the tree must not slip into a pure Python wheel
+    (package / "libtokencache_kernels.so").write_text("left over")
+    return tmp_path
+
+
+def build_wheel(checkout, code=BUILD, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=checkout,
+        env={**os.environ, "TOKENCACHE_SKIP_NATIVE": "0", **environment},
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize(
+    ("code", "environment", "reason"),
+    [
+        pytest.param(BUILD, {"TOKENCACHE_SKIP_NATIVE": "1"}, "SKIP_NATIVE=1", id="skipped"),
+        pytest.param(WITHOUT_TORCH, {}, "torch is not installed", id="no-torch"),
+        pytest.param(BUILD, {"CXX": "no-such-c++"}, "no C++ compiler", id="no-compiler"),
+    ],
+)
+def test_without_the_native_library_the_wheel_is_pure_and_says_why(
+    checkout, code, environment, reason
+):
+    done = build_wheel(checkout, code, **environment)
+
+    assert done.returncode == 0, done.stderr
+    assert "building without the native library: " in done.stderr
+    assert reason in done.stderr
+    wheel = checkout / "dist" / f"tokencache_kernels-{__version__}-py3-none-any.whl"
+    assert not [name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".so")]
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="there is no C++ compiler")
+def test_a_native_build_that_fails_is_an_error_in_one_sentence(checkout):
+    (checkout / "csrc" / "cpu" / "rows.cpp").write_text("this is not C++")
+
+    done = build_wheel(checkout)
+
+    assert done.returncode != 0
+    assert done.stderr.splitlines()[-1] == (
+        "error: the native library could not be built: CMake's message is above; "
+        "set TOKENCACHE_SKIP_NATIVE=1 to install without it"
+    )
+    assert not list(checkout.glob("dist/*.whl"))
+
+
+def test_torch_stays_above_csrc_api():
+    files = [
+        path for folder in ("cpu", "cuda", "include") for path in ROOT.glob(f"csrc/{folder}/**/*")
+    ]
+    sources = [path for path in [*files, ROOT / "csrc" / "params.h"] if path.is_file()]
+
+    assert len(sources) > 2
+    assert [
+        path.name
+        for path in sources
+        if re.search(r"#include\W+(torch|ATen|c10)\b", path.read_text())
+    ] == []
+
+
+def test_every_setting_is_documented():
+    settings = (ROOT / "tokencache_kernels" / "settings.py").read_text() + (
+        ROOT / "setup.py"
+    ).read_text()
+    names = set(re.findall(r"environ\.get\(\"(\w+)\"", settings)) - {"PATH"}
+
+    documented = set(re.findall(r"^\| `(\w+)`", (ROOT / "docs" / "settings.md").read_text(), re.M))
+
+    assert len(names) > 5
+    assert names <= documented
