@@ -24,11 +24,14 @@ demo: setup  # the main job: a trained model, dense and cached, side by side
 setup: $(VENV)/.installed  # an environment with the package, editable, its library and every tool
 
 $(VENV)/.installed: Makefile pyproject.toml setup.py CMakeLists.txt $(NATIVE)
-	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10) and 'Python 3.10 or newer is needed')"
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	@$(PY) -c "import sys; sys.exit(sys.version_info < (3, 10) and 'Python 3.10 or newer is needed')"
 	$(PY) -c "import torch" 2>/dev/null || $(PIP) "$(TORCH)"
 	$(PIP) "setuptools>=77" cmake ninja pybind11
 	$(PIP) --no-build-isolation --editable ".[demo,dev]" "$(TRITON)" "$(NUMPY)"
+	@# pip keeps to itself what setup.py says when it leaves the native library out
+	@$(PY) -c "import torch; from tokencache_kernels.backends import native; \
+	print('native library:', native.unavailable(torch.device('cpu'), torch.float32) or 'built')"
 	@touch $@
 
 build: setup  # the native library alone, for work on csrc/
