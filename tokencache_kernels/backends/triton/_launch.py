@@ -1,16 +1,22 @@
-"""Launch settings as data: which device a launch is for, what was tuned for it, what must compile."""
+"""Launch settings as data: the device of a launch, what was tuned for it, what must compile."""
 
 import dataclasses
+import importlib
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import lru_cache
+import logging
+import pkgutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
 from ... import settings
+
+logger = logging.getLogger(__name__)
 
 Setting = TypeVar("Setting")
 SHIPPED = Path(__file__).parent / "settings"
@@ -28,7 +34,7 @@ class Device:
 INTERPRETER = Device(arch=90, name="interpreter", num_sms=1)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _cuda_device(index: int) -> Device:
     properties = torch.cuda.get_device_properties(index)
     return Device(
@@ -45,6 +51,38 @@ def device_of(device: torch.device) -> Device:
     return _cuda_device(torch.cuda.current_device() if device.index is None else device.index)
 
 
+@dataclass
+class Trial:
+    """While on, launches of one kernel take ``setting`` (None: the heuristic's) whatever was tuned.
+
+    ``seen`` holds the heuristic's setting of every problem that was launched.
+    """
+
+    kernel: str
+    setting: Any = None
+    seen: dict[str, Any] = field(default_factory=dict)
+
+    def choose(self, key: str, heuristic: Setting) -> Setting:
+        """The setting on trial; remembers what it stands in for."""
+        self.seen[key] = heuristic
+        chosen: Setting = heuristic if self.setting is None else self.setting
+        return chosen
+
+
+_trial: Trial | None = None
+
+
+@contextmanager
+def on_trial(kernel: str, setting: Any = None) -> Iterator[Trial]:
+    """Try a setting on the launches within; for tuning, in one thread."""
+    global _trial
+    _trial = Trial(kernel, setting)
+    try:
+        yield _trial
+    finally:
+        _trial = None
+
+
 def choose(kernel: str, device: Device, problem: Mapping[str, int], heuristic: Setting) -> Setting:
     """Return the setting tuned for this kernel, device and problem, else ``heuristic``.
 
@@ -53,11 +91,27 @@ def choose(kernel: str, device: Device, problem: Mapping[str, int], heuristic: S
         device: where the launch runs.
         problem: the sizes that decide, rounded up to a power of two when looked up.
         heuristic: a frozen dataclass; a tuned entry replaces the fields it names.
+
+    Raises:
+        ValueError: a file of launch settings cannot be read, or does not fit ``heuristic``.
     """
-    entry = tuned(device.name).get(problem_key(kernel, problem))
-    if entry is None:
+    if _trial is not None and _trial.kernel == kernel:
+        return _trial.choose(problem_key(kernel, problem), heuristic)
+    entries = tuned(device.name, settings.launch_settings_path())
+    if not entries:
         return heuristic
-    return dataclasses.replace(heuristic, **entry)  # type: ignore[type-var]
+    key = problem_key(kernel, problem)
+    if key not in entries:
+        return heuristic
+    source, fields = entries[key]
+    for name, value in fields.items():
+        wanted = type(getattr(heuristic, name, None))
+        if type(value) is not wanted:
+            raise ValueError(
+                f"{kernel}: the launch settings in {source} must replace fields of "
+                f"{describe_setting(heuristic)}, got {name}={value!r} for {key}"
+            )
+    return dataclasses.replace(heuristic, **fields)  # type: ignore[type-var]
 
 
 def problem_key(kernel: str, problem: Mapping[str, int]) -> str:
@@ -68,16 +122,34 @@ def problem_key(kernel: str, problem: Mapping[str, int]) -> str:
     return f"{kernel}/{sizes}"
 
 
-@lru_cache(maxsize=None)
-def tuned(device_name: str) -> dict[str, dict[str, Any]]:
-    """All tuned entries for a device: the shipped file, then ``TOKENCACHE_LAUNCH_SETTINGS``."""
-    entries: dict[str, dict[str, Any]] = {}
-    for path in (SHIPPED / f"{file_name(device_name)}.json", settings.launch_settings_path()):
-        if path is not None and Path(path).exists():
-            content = json.loads(Path(path).read_text())
-            if content["device"] == device_name:
-                entries.update(content["settings"])
+@cache
+def tuned(device_name: str, path: str | None) -> dict[str, tuple[Path, dict[str, Any]]]:
+    """What was tuned for a device, by problem: the file it stands in, and the fields it sets.
+
+    Entries of the file at ``path`` go before the shipped ones. Each file is read once in a process.
+    """
+    shipped = SHIPPED / f"{file_name(device_name)}.json"
+    entries = read_settings(shipped, device_name) if shipped.exists() else {}
+    if path is not None:
+        entries.update(read_settings(Path(path), device_name))
     return entries
+
+
+def read_settings(path: Path, device_name: str) -> dict[str, tuple[Path, dict[str, Any]]]:
+    """The entries of one file; none when it was written for another device."""
+    try:
+        content = json.loads(path.read_text())
+        device, entries = content["device"], content["settings"]
+        found = {key: (path, dict(fields)) for key, fields in entries.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"launch settings: {path} must be a JSON file with a device and its settings, "
+            f"got {type(error).__name__}: {error}"
+        ) from error
+    if device != device_name:
+        logger.debug("passing over %s: it is for %r, not for %r", path, device, device_name)
+        return {}
+    return found
 
 
 def file_name(device_name: str) -> str:
@@ -93,9 +165,10 @@ class CompileCase:
         kernel: the ``@triton.jit`` function.
         variant: what distinguishes it for the reader, such as ``gelu_tanh bf16``.
         setting: the launch setting, printed in the report.
-        signature: the type of each argument that is not a constexpr, such as ``{"x_ptr": "*bf16", "N": "i32"}``.
+        signature: the type of each argument that is not a constexpr, such as
+            ``{"x_ptr": "*bf16", "N": "i32"}``.
         constexprs: the value of each constexpr argument.
-        aligned: the arguments known to be divisible by 16 at a launch: pointers, and strides or sizes.
+        aligned: the arguments divisible by 16 at a launch: pointers, and strides or sizes.
         num_warps: warps per program.
         num_stages: pipeline stages.
         is_gemm: whether it must use tensor cores and asynchronous copies.
@@ -110,3 +183,33 @@ class CompileCase:
     num_warps: int
     num_stages: int = 1
     is_gemm: bool = False
+
+
+@dataclass(frozen=True)
+class TuneCase:
+    """One problem of one kernel, for ``tokencache tune``.
+
+    Attributes:
+        kernel: the name under which its launcher calls :func:`choose`.
+        label: the problem, for the reader, such as ``R=512 D=1152 bf16``.
+        candidates: the settings to try beside the heuristic's.
+        run: one call of the launcher, on inputs made beforehand.
+    """
+
+    kernel: str
+    label: str
+    candidates: Sequence[Any]
+    run: Callable[[], object]
+
+
+def modules_with(function: str) -> list[str]:
+    """The modules of this package that define ``compile_cases`` or ``tune_cases``."""
+    found = pkgutil.iter_modules([str(Path(__file__).parent)], f"{__package__}.")
+    return [name for _, name, _ in found if hasattr(importlib.import_module(name), function)]
+
+
+def describe_setting(setting: Any) -> str:
+    """``block_m=128 num_warps=8``."""
+    if dataclasses.is_dataclass(setting):
+        return " ".join(f"{name}={value}" for name, value in vars(setting).items())
+    return str(setting)

@@ -1,0 +1,206 @@
+import argparse
+import ast
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+from tokencache_kernels.backends.triton import compile_gate
+from tokencache_kernels.backends.triton.compile_gate import ARCHITECTURES, Code, judge_code
+
+HERE = Path(__file__).parent
+KERNELS = Path(compile_gate.__file__).parent
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
+        # worker processes inherit the path
+        patch.syspath_prepend(str(HERE))
+        yield
+
+
+@pytest.fixture(scope="module")
+def reports():
+    """The report on every toy kernel, by architecture and variant."""
+    jobs = compile_gate.find_jobs(["toy_kernels"], ["sm_80", "sm_90", "sm_100", "sm_120"])
+    reports = compile_gate.run_jobs(jobs, processes=2)
+    return {(r.job.arch, r.job.kernel, r.job.variant): r for r in reports}
+
+
+def failures(reports, kernel, variant, arch="sm_90"):
+    return reports[arch, kernel, variant].failures
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "sm_120"])
+def test_good_kernels_pass(reports, arch):
+    assert failures(reports, "_add_one_kernel", "good", arch) == ()
+    assert failures(reports, "_matmul_kernel", "good", arch) == ()
+    matmul = reports[arch, "_matmul_kernel", "good"].code
+    assert min(matmul.registers, matmul.shared, matmul.tensor_cores, matmul.async_copies) > 0
+    assert (matmul.tensor_memory > 0) == (arch == "sm_100")
+
+
+def test_equal_cases_are_compiled_once(reports):
+    assert ("sm_90", "_add_one_kernel", "the same again") not in reports
+
+
+def test_spilling_fails(reports):
+    (failure,) = failures(reports, "_centre_kernel", "spilling")
+    assert failure.endswith("instructions spill registers to memory")
+
+
+def test_too_much_shared_memory_fails(reports):
+    expected = ("262144 bytes of shared memory pass 232448",)
+    assert failures(reports, "_matmul_kernel", "oversized") == expected
+
+
+def test_a_gemm_on_unaligned_rows_fails_for_want_of_asynchronous_copies(reports):
+    expected = ("a GEMM without asynchronous copies",)
+    assert failures(reports, "_matmul_kernel", "unaligned") == expected
+
+
+def test_a_gemm_without_dot_fails_for_want_of_tensor_cores(reports):
+    assert "a GEMM without HGMMA" in failures(reports, "_outer_sum_kernel", "without tensor cores")
+
+
+def test_a_gemm_that_falls_back_to_older_tensor_cores_fails(reports):
+    # two warps are less than the warp group that Hopper's instruction wants
+    assert failures(reports, "_matmul_kernel", "two warps") == ("a GEMM without HGMMA",)
+
+
+def test_an_error_of_the_compiler_is_told_in_one_line(reports):
+    (failure,) = failures(reports, "_mismatched_kernel", "ill-typed")
+    assert failure.startswith("does not compile: ")
+    assert "incompatible dimensions" in failure
+    assert "\n" not in failure
+
+
+def test_a_crash_of_the_compiler_fails_its_own_case_only(reports):
+    expected = ("does not compile: the compiler crashed",)
+    assert failures(reports, "_crash_kernel", "crashing", "sm_80") == expected
+    assert failures(reports, "_add_one_kernel", "after the crash", "sm_80") == ()
+
+
+def test_a_case_must_fit_its_kernel(reports):
+    (incomplete,) = failures(reports, "_add_one_kernel", "incomplete")
+    (overaligned,) = failures(reports, "_add_one_kernel", "overaligned")
+
+    assert "a type or a value, got ['N']" in incomplete
+    assert "align what a launch does not specialise, got ['N']" in overaligned
+
+
+@pytest.mark.parametrize(
+    ("code", "failure"),
+    [
+        (Code(tensor_cores=1, async_copies=1), None),
+        (Code(tensor_cores=1, async_copies=1, spills=1), "1 instructions spill"),
+        (Code(tensor_cores=1, async_copies=1, shared=232448), None),
+        (Code(tensor_cores=1, async_copies=1, shared=232449), "232449 bytes"),
+        (Code(tensor_cores=1, async_copies=1, tensor_memory=1024), "1024 columns"),
+        (Code(async_copies=1), "without UTC"),
+        (Code(tensor_cores=1), "without asynchronous"),
+    ],
+)
+def test_every_rule_judges_alone(code, failure):
+    found = judge_code(code, True, ARCHITECTURES["sm_100"])
+
+    assert [failure in sentence for sentence in found] == [True] * (failure is not None)
+
+
+def test_only_a_gemm_needs_tensor_cores():
+    assert judge_code(Code(), False, ARCHITECTURES["sm_90"]) == ()
+
+
+def test_instructions_are_counted_wherever_they_stand():
+    sass = """
+        /*0010*/                   HGMMA.64x128x16.F32.BF16 R24, gdesc[UR4], R24 ;  /* 0x01 */
+        /*0020*/              @!P0 LDGSTS.E.BYPASS.128 [R5], [R2.64] ;  /* 0x02 */
+        /*0030*/             @UP1 STL.64 [R1+0x8], R4 ;
+        /*0040*/                   HGMMAX R1 ;
+    """
+
+    assert compile_gate.count_instructions("HGMMA", sass) == 1
+    assert compile_gate.count_instructions("LDGSTS|UTMALDG", sass) == 1
+    assert compile_gate.count_instructions("LDL|STL", sass) == 1
+
+
+# the kernels of this package
+
+
+@pytest.fixture(scope="module")
+def package_jobs():
+    return compile_gate.find_jobs(None, ["sm_90"])
+
+
+def test_every_kernel_of_the_package_is_compiled(package_jobs):
+    kernels = {
+        node.name
+        for path in KERNELS.glob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel")
+    }
+
+    assert {job.kernel for job in package_jobs} == kernels
+
+
+def test_every_kernel_of_the_package_compiles_for_hopper(package_jobs):
+    # its first case only; `tokencache compile-report --arch all --check` takes them all
+    first = {job.kernel: job for job in reversed(package_jobs)}
+
+    reports = list(compile_gate.run_jobs(list(first.values()), processes=2))
+
+    assert [report for report in reports if report.failures] == []
+
+
+# the command
+
+
+def run_command(monkeypatch, capsys, *arguments):
+    monkeypatch.setattr(compile_gate, "find_jobs", lambda _, *rest: FIND(["toy_kernels"], *rest))
+    parser = argparse.ArgumentParser()
+    compile_gate.add_arguments(parser)
+    status = compile_gate.run(parser.parse_args(arguments))
+    return status, capsys.readouterr().out.splitlines()
+
+
+FIND = compile_gate.find_jobs
+
+
+def test_the_report_is_a_table_with_one_line_a_case(monkeypatch, capsys):
+    status, lines = run_command(monkeypatch, capsys, "--arch", "sm_90", "--kernel", "_add_one")
+
+    assert status == 0
+    assert lines[0].split()[:4] == ["arch", "kernel", "variant", "setting"]
+    assert lines[1].split()[:4] == ["sm_90", "_add_one_kernel", "good", "block=1024"]
+    assert "overaligned" in lines[2]
+    assert "does not compile" in lines[2]
+    assert lines[-1].startswith("compile gate: 3 cases, 2 failures, ")
+
+
+def test_check_prints_the_failures_and_exits_with_1(monkeypatch, capsys):
+    status, lines = run_command(monkeypatch, capsys, "--check", "--kernel", "_mismatched")
+
+    assert status == 1
+    assert len(lines) == 2
+    assert lines[0].startswith("sm_90 _mismatched_kernel (ill-typed; ): does not compile: ")
+
+
+def test_check_exits_with_0_when_all_is_well(monkeypatch, capsys):
+    status, lines = run_command(
+        monkeypatch, capsys, "--check", "--arch", "sm_100", "--kernel", "_add_one"
+    )
+
+    assert status == 0
+    assert len(lines) == 1
+
+
+def test_an_unknown_kernel_is_said_to_be_one(monkeypatch, capsys):
+    status, lines = run_command(monkeypatch, capsys, "--kernel", "no such thing")
+
+    assert status == 2
+    assert lines == [
+        "compile-report: --kernel must be part of a kernel's name, got 'no such thing'"
+    ]

@@ -1,0 +1,184 @@
+"""Try the launch settings of every tunable kernel on the GPU at hand, and keep those that win.
+
+Each setting is timed in several rounds, with all settings in turn in each, so that a drift of the
+clocks meets them alike. A setting is kept only when it beats the heuristic's by more than either of
+the two scattered between the rounds.
+"""
+
+import argparse
+import dataclasses
+import importlib
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.runtime.errors import OutOfResources, PTXASError
+from triton.testing import do_bench
+
+from ... import settings
+from ...version import __version__
+from ._launch import Device, TuneCase, describe_setting, device_of, modules_with, on_trial
+
+ROUNDS = 3
+
+
+@dataclass(frozen=True)
+class Timing:
+    """The median time of each round, in milliseconds."""
+
+    rounds: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        """The time to compare by."""
+        return statistics.median(self.rounds)
+
+    @property
+    def spread(self) -> float:
+        """How far the rounds lie apart."""
+        return max(self.rounds) - min(self.rounds)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the trials of one case found.
+
+    Attributes:
+        key: the problem, as a file of launch settings names it.
+        heuristic: the setting that the launcher takes by itself.
+        best: the fastest setting.
+        before: how long the heuristic's setting takes.
+        after: how long the best one takes.
+        num_failed: how many settings did not run on this device.
+    """
+
+    key: str
+    heuristic: Any
+    best: Any
+    before: Timing
+    after: Timing
+    num_failed: int
+
+    @property
+    def is_gain(self) -> bool:
+        """Whether the best setting wins by more than the timings scatter."""
+        return self.before.median - self.after.median > max(self.before.spread, self.after.spread)
+
+
+def try_settings(case: TuneCase, measure: Callable[[Callable[[], object]], float]) -> Outcome:
+    """Time the heuristic's setting and all candidates, each in every round."""
+    with on_trial(case.kernel) as trial:
+        case.run()
+    # a case is one problem of its kernel; anything else is an error in the case
+    ((key, heuristic),) = trial.seen.items()
+    candidates = list(dict.fromkeys([heuristic, *case.candidates]))
+    times: dict[Any, list[float]] = {setting: [] for setting in candidates}
+    for _ in range(ROUNDS):
+        for setting in list(times):
+            try:
+                with on_trial(case.kernel, setting):
+                    times[setting].append(measure(case.run))
+            except (OutOfResources, PTXASError):
+                # too large for this device; the heuristic's own setting has just run
+                del times[setting]
+    timings = {setting: Timing(tuple(rounds)) for setting, rounds in times.items()}
+    best = min(timings, key=lambda setting: timings[setting].median)
+    return Outcome(
+        key, heuristic, best, timings[heuristic], timings[best], len(candidates) - len(timings)
+    )
+
+
+def measure_on_gpu(run: Callable[[], object]) -> float:
+    """The median time in milliseconds, from GPU events, with a cold L2."""
+    milliseconds: float = do_bench(run, return_mode="median")
+    return milliseconds
+
+
+def measure_on_cpu(run: Callable[[], object]) -> float:
+    """The time of one call in milliseconds: the interpreter's, which says nothing of a GPU."""
+    start = time.perf_counter()
+    run()
+    return 1e3 * (time.perf_counter() - start)
+
+
+def make_record(outcomes: Sequence[Outcome], device: Device, command: str) -> dict[str, Any]:
+    """The file of launch settings: what won, and where it was measured."""
+    return {
+        "device": device.name,
+        "versions": {
+            "tokencache_kernels": __version__,
+            "torch": torch.__version__,
+            "triton": triton.__version__,
+            "cuda": torch.version.cuda,
+        },
+        "command": command,
+        "utc": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "settings": {
+            outcome.key: changed_fields(outcome.heuristic, outcome.best)
+            for outcome in outcomes
+            if outcome.is_gain
+        },
+    }
+
+
+def changed_fields(heuristic: Any, best: Any) -> dict[str, Any]:
+    """The fields in which the two differ, as ``best`` has them."""
+    before = dataclasses.asdict(heuristic)
+    return {
+        name: value for name, value in dataclasses.asdict(best).items() if value != before[name]
+    }
+
+
+def describe_outcome(case: TuneCase, outcome: Outcome) -> str:
+    """One line: the problem, its time before and after, and what made the difference."""
+    before, after = outcome.before.median, outcome.after.median
+    scatter = max(outcome.before.spread, outcome.after.spread)
+    verdict = describe_setting(outcome.best) if outcome.is_gain else "no gain beyond the scatter"
+    failed = f"; {outcome.num_failed} settings do not run" if outcome.num_failed else ""
+    times = f"{before:.4f} -> {after:.4f} ms, scatter {scatter:.4f}"
+    return f"{case.kernel} ({case.label}): {times}: {verdict}{failed}"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``tune``."""
+    parser.description = "Try the launch settings on this GPU, and write down those that win."
+    parser.add_argument("--kernel", help="only kernels whose name contains this")
+    parser.add_argument("--out", type=Path, help="the file of launch settings to write")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print each problem before and after; write the settings that won."""
+    on_gpu = torch.cuda.is_available()
+    if not on_gpu and not settings.is_interpreting():
+        print("tune: needs a CUDA device (or TRITON_INTERPRET=1, to try the command out), got cpu")
+        return 2
+    device = device_of(torch.device("cuda" if on_gpu else "cpu"))
+    measure = measure_on_gpu if on_gpu else measure_on_cpu
+    cases = [
+        case
+        for module in modules_with("tune_cases")
+        for case in importlib.import_module(module).tune_cases(device)
+        if options.kernel is None or options.kernel in case.kernel
+    ]
+    if not cases:
+        print(f"tune: --kernel must be part of a tunable kernel's name, got {options.kernel!r}")
+        return 2
+    outcomes = []
+    for case in cases:
+        outcome = try_settings(case, measure)
+        outcomes.append(outcome)
+        print(describe_outcome(case, outcome), flush=True)
+    num_gains = sum(outcome.is_gain for outcome in outcomes)
+    print(f"tune: {num_gains} of {len(outcomes)} problems gain on {device.name}")
+    if options.out is not None:
+        record = make_record(outcomes, device, " ".join(sys.argv))
+        options.out.write_text(json.dumps(record, indent=2) + "\n")
+    return 0
