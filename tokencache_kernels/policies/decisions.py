@@ -1,0 +1,82 @@
+"""The words that policies are written in: a place, a time, and what is to be done there."""
+
+import ctypes
+from dataclasses import dataclass
+from enum import Enum
+from typing import TYPE_CHECKING, Protocol
+
+from ..ops._checks import fail
+
+if TYPE_CHECKING:
+    from .selectors import Selector
+
+
+class Action(Enum):
+    """What happens at a site in one step."""
+
+    FULL = "full"  # compute every token and store the result
+    PARTIAL = "partial"  # recompute the fresh tokens, reuse the others
+    REUSE = "reuse"  # take the cached result as it is
+
+
+@dataclass(frozen=True)
+class Site:
+    """One cached module of a model.
+
+    Streams: ``"main"`` where there is one; ``"spatial"`` and ``"temporal"`` in video models;
+    ``"double"`` and ``"single"`` in FLUX. Modules: ``"attn"`` (self-attention), ``"cross"``
+    (cross-attention), ``"mlp"``, and ``"text_mlp"`` for the text tokens of a double block.
+    """
+
+    stream: str
+    layer: int
+    module: str
+
+
+@dataclass(frozen=True)
+class Step:
+    """A position in sampling, counting up from 0."""
+
+    index: int
+    total: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.index < self.total:
+            fail("Step", "index", f"be in [0, total = {self.total})", self.index)
+
+    def counter(self, counts_down: bool) -> int:
+        """The step as the published code of a model counts it: up from 0, or down to 0."""
+        return self.total - 1 - self.index if counts_down else self.index
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What to do at a site, and how many tokens of each sample are fresh."""
+
+    action: Action
+    num_fresh: int
+
+
+class Policy(Protocol):
+    """What a runner asks of a policy."""
+
+    @property
+    def num_inference_steps(self) -> int:
+        """How many steps the sampler takes."""
+
+    @property
+    def selector(self) -> "Selector":
+        """How the fresh tokens of a partial step are chosen."""
+
+    def decide(self, site: Site, step: Step, num_tokens: int) -> Decision:
+        """What happens at ``site`` in ``step``; ``num_tokens`` is the length of its sequence."""
+
+
+def round_float32(value: float) -> float:
+    """The nearest float32: published schedules and ratios are float32 tensors."""
+    return ctypes.c_float(value).value
+
+
+def count_fresh(fresh_ratio: float, num_tokens: int) -> int:
+    """How many of ``num_tokens`` a ratio stands for: their float32 product, truncated."""
+    return int(round_float32(round_float32(fresh_ratio) * num_tokens))

@@ -1,0 +1,97 @@
+"""What a policy will do to a model, step by step, and what that costs; nothing is run."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from .decisions import Action, Decision, Policy, Site, Step
+from .shapes import ModelShape
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """The decisions of one step, and its FLOPs for the whole batch."""
+
+    decisions: Mapping[Site, Decision]
+    flops: int
+
+    @property
+    def is_full(self) -> bool:
+        """Whether every site is computed in full."""
+        return all(decision.action is Action.FULL for decision in self.decisions.values())
+
+    def full_layers(self, stream: str, module: str) -> tuple[int, ...]:
+        """The layers in which a module is computed in full."""
+        return tuple(
+            site.layer
+            for site, decision in self.decisions.items()
+            if (site.stream, site.module) == (stream, module) and decision.action is Action.FULL
+        )
+
+    def num_fresh(self, stream: str, module: str) -> tuple[int, ...]:
+        """How many tokens of each sample are computed, layer by layer."""
+        return tuple(
+            decision.num_fresh
+            for site, decision in self.decisions.items()
+            if (site.stream, site.module) == (stream, module)
+        )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A whole sampling run under a policy."""
+
+    steps: tuple[StepPlan, ...]
+    dense_flops: int
+
+    @property
+    def flops(self) -> int:
+        """The FLOPs of all steps."""
+        return sum(step.flops for step in self.steps)
+
+    @property
+    def flops_ratio(self) -> float:
+        """How many times fewer FLOPs than without any cache."""
+        return self.dense_flops / self.flops
+
+    @property
+    def full_steps(self) -> tuple[int, ...]:
+        """The steps in which every site is computed in full."""
+        return tuple(index for index, step in enumerate(self.steps) if step.is_full)
+
+
+def make_plan(policy: Policy, shape: ModelShape) -> Plan:
+    """Ask ``policy`` for every site and step of a model of this shape, and count."""
+    total = policy.num_inference_steps
+    steps = tuple(_plan_step(policy, shape, Step(index, total)) for index in range(total))
+    return Plan(steps, dense_flops=total * shape.dense_flops)
+
+
+def _plan_step(policy: Policy, shape: ModelShape, step: Step) -> StepPlan:
+    decisions: dict[Site, Decision] = {}
+    flops = 0
+    for stack in shape.stacks:
+        for layer in range(stack.num_layers):
+            for module in stack.modules:
+                site = Site(stack.stream, layer, module.name)
+                decisions[site] = policy.decide(site, step, module.num_tokens)
+                flops += module.flops(decisions[site])
+    return StepPlan(decisions, shape.batch * flops)
+
+
+def cache_bytes(shape: ModelShape, element_size: int) -> dict[str, int]:
+    """How many bytes a model's cache takes for one batch, by what it holds.
+
+    ``features``: the output of every cached module, ``element_size`` bytes an element;
+    ``staleness``: int32 for every token of the modules that can be computed in part; ``scores``:
+    one float32 statistic for every token and layer.
+    """
+    features = staleness = scores = 0
+    for stack in shape.stacks:
+        for module in stack.modules:
+            tokens = shape.batch * stack.num_layers * module.num_tokens
+            features += tokens * shape.hidden * element_size
+            if module.flops_per_fresh:
+                staleness += tokens * 4
+            else:
+                scores += tokens * 4
+    return {"features": features, "staleness": staleness, "scores": scores}

@@ -1,0 +1,108 @@
+"""When: which steps compute everything and store it, and which live on what was stored."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Protocol
+
+from ..ops._checks import fail
+from .decisions import Site, Step, round_float32
+
+# inside the dense window of the published DiT schedule, every second step is full
+DENSE_INTERVAL = 2
+
+
+class Schedule(Protocol):
+    """Says at which steps a site is computed in full; the first step always is."""
+
+    def is_full(self, site: Site, step: Step) -> bool:
+        """Whether ``site`` computes every token in ``step``."""
+
+
+@dataclass(frozen=True)
+class IntervalSchedule:
+    """Full in the first ``warmup`` steps, then in every ``refresh_interval``-th.
+
+    A step is full if ``index < warmup`` or ``(index - phase) % interval == 0``, where ``interval =
+    refresh_interval * module_multiple[module]``. FORA is the default; ToCa on FLUX has warmup 3 and
+    phase 2, ToCa on OpenSora warmup 3 and twice the interval for cross-attention.
+    """
+
+    refresh_interval: int
+    warmup: int = 1
+    phase: int = 0
+    module_multiple: Mapping[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        name = type(self).__name__
+        if self.refresh_interval < 1:
+            fail(name, "refresh_interval", "be at least 1", self.refresh_interval)
+        if self.warmup < 1:
+            fail(name, "warmup", "be at least 1", self.warmup)
+        if min(self.module_multiple.values(), default=1) < 1:
+            fail(name, "module_multiple", "be at least 1", dict(self.module_multiple))
+
+    def is_full(self, site: Site, step: Step) -> bool:
+        """Whether ``site`` computes every token in ``step``."""
+        interval = self.refresh_interval * self.module_multiple.get(site.module, 1)
+        return step.index < self.warmup or (step.index - self.phase) % interval == 0
+
+
+@dataclass(frozen=True)
+class AdaptiveSchedule:
+    """Full in every ``tau``-th step, where ``tau`` shrinks as the image takes shape.
+
+    With ``s`` the step as the published code counts it, a step is full if it is the first or ``s %
+    tau == 0``. ``tau`` starts at ``refresh_interval`` and becomes ``round(refresh_interval / (1 +
+    slope * (1 - 2 * s / total)))`` at every full step, or 2 while ``s`` is inside
+    ``dense_window``, given as shares of ``total``.
+
+    Published ToCa asks again in every block, after block 0 may have changed ``tau``: a step can
+    then be full in block 0 only. ``mixed_steps`` reproduces that; by default block 0 speaks for
+    all.
+    """
+
+    refresh_interval: int
+    slope: float
+    counts_down: bool
+    dense_window: tuple[float, float] | None = None
+    mixed_steps: bool = False
+
+    def __post_init__(self) -> None:
+        name = type(self).__name__
+        if self.refresh_interval < 1:
+            fail(name, "refresh_interval", "be at least 1", self.refresh_interval)
+        if not -1 < self.slope < 1:
+            fail(name, "slope", "be in (-1, 1)", self.slope)
+        window = self.dense_window
+        if window is not None and not 0 <= window[0] <= window[1] <= 1:
+            fail(name, "dense_window", "be two rising shares in [0, 1]", window)
+
+    def is_full(self, site: Site, step: Step) -> bool:
+        """Whether ``site`` computes every token in ``step``."""
+        in_first_block, in_other_blocks = _full_steps(self, step.total)[step.index]
+        return in_other_blocks if self.mixed_steps and site.layer > 0 else in_first_block
+
+
+@lru_cache(maxsize=64)
+def _full_steps(schedule: AdaptiveSchedule, total: int) -> tuple[tuple[bool, bool], ...]:
+    """For every step, whether block 0 is full, and whether the others are if they ask again."""
+    tau = schedule.refresh_interval
+    steps = []
+    for step in (Step(index, total) for index in range(total)):
+        s = step.counter(schedule.counts_down)
+        in_first_block = step.index == 0 or s % tau == 0
+        if in_first_block:
+            tau = _next_interval(schedule, s, total)
+        steps.append((in_first_block, in_first_block and (step.index == 0 or s % tau == 0)))
+    return tuple(steps)
+
+
+def _next_interval(schedule: AdaptiveSchedule, s: int, total: int) -> int:
+    if schedule.dense_window is not None:
+        start, stop = (int(share * total) for share in schedule.dense_window)
+        if start <= s < stop:
+            return DENSE_INTERVAL
+    factor = 1 + schedule.slope * (1 - 2 * s / total)
+    # in float32, so that a tie is a tie; Python and PyTorch both round it to even
+    return round(round_float32(schedule.refresh_interval / factor))

@@ -1,0 +1,227 @@
+"""Which: the tokens that are recomputed, as settings and one call of the selection op."""
+
+import math
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..ops._checks import fail
+from .decisions import Site, Step
+
+BaseScore = Literal["attention_received", "attention_entropy", "none"]
+BASE_SCORES: tuple[BaseScore, ...] = ("attention_received", "attention_entropy", "none")
+Grid = tuple[int, int]
+
+
+class Selector(Protocol):
+    """Chooses the fresh tokens of L sites at once.
+
+    Shapes: ``scores`` and ``staleness`` (L, B, N), ``num_fresh`` (L,) or, for a cycle of P steps,
+    (P, L), int32 on the device. Results: ascending ``indices`` (L, B, S) and ``positions`` (L, B,
+    N), or (P, L, B, S) and (P, L, B, N). ``staleness`` is updated in place.
+    """
+
+    @property
+    def base_score(self) -> BaseScore:
+        """The statistic that a full step takes for the selector."""
+
+    def select_(
+        self,
+        scores: Tensor | None,
+        staleness: Tensor,
+        num_fresh: Tensor | None,
+        max_fresh: int,
+        *,
+        sites: Sequence[Site],
+        step: Step,
+        grid: Grid | None = None,
+        backend: str = "auto",
+    ) -> tuple[Tensor, Tensor]:
+        """Choose the fresh tokens of one partial step."""
+
+    def select_cycle_(
+        self,
+        scores: Tensor | None,
+        staleness: Tensor,
+        num_fresh: Tensor,
+        max_fresh: int,
+        *,
+        sites: Sequence[Site],
+        steps: Sequence[Step],
+        grid: Grid | None = None,
+        backend: str = "auto",
+    ) -> tuple[Tensor, Tensor]:
+        """Choose the fresh tokens of the partial steps of a cycle, whose scores do not change."""
+
+
+@dataclass(frozen=True)
+class ScoreSelector:
+    """The tokens that matter most, or that have waited longest (ToCa, arXiv:2410.05317).
+
+    ``score = normalized(base) + staleness_weight * staleness``, and on a grid the best token of
+    every ``tile x tile`` square gains the factor ``1 + bonus``. The base is the attention that a
+    token receives, or ``1 +`` the entropy of its cross-attention, or nothing.
+
+    ``shares_guidance`` gives both halves of the batch (conditional and not) one selection: entropy
+    is then that of the two maps' mean, ``log 2 +`` the mean of theirs since they share no key.
+    """
+
+    base_score: BaseScore = "attention_received"
+    staleness_weight: float = 0.0
+    normalize: bool = True
+    tile: int = 2
+    bonus: float = 0.0
+    shares_guidance: bool = False
+
+    def __post_init__(self) -> None:
+        name = type(self).__name__
+        if self.base_score not in BASE_SCORES:
+            fail(name, "base_score", f"be one of {', '.join(BASE_SCORES)}", repr(self.base_score))
+        if self.tile < 1:
+            fail(name, "tile", "be at least 1", self.tile)
+        for field in ("staleness_weight", "bonus"):
+            value = getattr(self, field)
+            if not 0 <= value < math.inf:
+                fail(name, field, "be finite and not negative", value)
+
+    def select_(
+        self,
+        scores: Tensor | None,
+        staleness: Tensor,
+        num_fresh: Tensor | None,
+        max_fresh: int,
+        *,
+        sites: Sequence[Site],
+        step: Step,
+        grid: Grid | None = None,
+        backend: str = "auto",
+    ) -> tuple[Tensor, Tensor]:
+        """Choose the fresh tokens of one partial step; see ``Selector``."""
+        return ops.select_tokens_(
+            self._base(scores, staleness), staleness, max_fresh, num_fresh=num_fresh,
+            staleness_weight=self.staleness_weight, normalize=self.normalize,
+            grid=self._grid(grid), tile=self.tile, bonus=self.bonus, backend=backend,
+        )  # fmt: skip
+
+    def select_cycle_(
+        self,
+        scores: Tensor | None,
+        staleness: Tensor,
+        num_fresh: Tensor,
+        max_fresh: int,
+        *,
+        sites: Sequence[Site],
+        steps: Sequence[Step],
+        grid: Grid | None = None,
+        backend: str = "auto",
+    ) -> tuple[Tensor, Tensor]:
+        """Choose the fresh tokens of a cycle, in one launch; see ``Selector``."""
+        return ops.select_cycle_(
+            self._base(scores, staleness), staleness, num_fresh, max_fresh,
+            staleness_weight=self.staleness_weight, normalize=self.normalize,
+            grid=self._grid(grid), tile=self.tile, bonus=self.bonus, backend=backend,
+        )  # fmt: skip
+
+    def _base(self, scores: Tensor | None, staleness: Tensor) -> Tensor:
+        if self.base_score == "none":
+            return torch.zeros_like(staleness, dtype=torch.float32)
+        if scores is None:
+            fail(type(self).__name__, "scores", f"hold the {self.base_score}", None)
+        if self.shares_guidance:
+            halves = _halve(type(self).__name__, scores)
+            scores = halves.mean(dim=-3, keepdim=True).expand_as(halves).reshape(scores.shape)
+        if self.base_score == "attention_entropy":
+            scores = scores + (1 + math.log(2) if self.shares_guidance else 1)
+        return scores
+
+    def _grid(self, grid: Grid | None) -> Grid | None:
+        if self.bonus == 0:
+            return None
+        if grid is None:
+            fail(type(self).__name__, "grid", "be given for a spatial bonus", None)
+        return grid
+
+
+@dataclass(frozen=True)
+class RandomSelector:
+    """Tokens drawn at random, anew for every site and step, whatever the features are.
+
+    The lists depend on the seed, the site, the step and the sample's place in the batch alone. They
+    are drawn on the host, hence equal on all devices, and nothing waits for the device.
+    ``shares_guidance`` gives both halves of the batch (conditional and not) the same lists.
+    """
+
+    seed: int = 0
+    shares_guidance: bool = True
+
+    @property
+    def base_score(self) -> BaseScore:
+        """No statistic is needed."""
+        return "none"
+
+    def select_(
+        self,
+        scores: Tensor | None,
+        staleness: Tensor,
+        num_fresh: Tensor | None,
+        max_fresh: int,
+        *,
+        sites: Sequence[Site],
+        step: Step,
+        grid: Grid | None = None,
+        backend: str = "auto",
+    ) -> tuple[Tensor, Tensor]:
+        """Draw the fresh tokens of one partial step; see ``Selector``."""
+        drawn = self._draw(sites, step, staleness)
+        return ops.select_tokens_(
+            drawn, staleness, max_fresh, num_fresh=num_fresh, normalize=False, backend=backend
+        )
+
+    def select_cycle_(
+        self,
+        scores: Tensor | None,
+        staleness: Tensor,
+        num_fresh: Tensor,
+        max_fresh: int,
+        *,
+        sites: Sequence[Site],
+        steps: Sequence[Step],
+        grid: Grid | None = None,
+        backend: str = "auto",
+    ) -> tuple[Tensor, Tensor]:
+        """Draw the fresh tokens of a cycle, step by step; see ``Selector``."""
+        selections = [
+            self.select_(
+                None, staleness, num_fresh[place], max_fresh, sites=sites, step=step,
+                backend=backend,
+            )
+            for place, step in enumerate(steps)
+        ]  # fmt: skip
+        indices, positions = zip(*selections, strict=True)
+        return torch.stack(indices), torch.stack(positions)
+
+    def _draw(self, sites: Sequence[Site], step: Step, staleness: Tensor) -> Tensor:
+        """Uniform scores of the shape of ``staleness``, on its device."""
+        drawn = torch.empty(staleness.shape)
+        rows = _halve(type(self).__name__, drawn) if self.shares_guidance else drawn[:, None]
+        for site, site_rows in zip(sites, rows, strict=True):
+            # not Python's hash, which is another one in every process
+            key = f"{self.seed}/{step.index}/{site.stream}/{site.layer}/{site.module}"
+            generator = torch.Generator().manual_seed(zlib.crc32(key.encode()))
+            site_rows[:] = torch.rand(site_rows.shape[1:], generator=generator)
+        if staleness.device.type == "cuda":
+            drawn = drawn.pin_memory()
+        return drawn.to(staleness.device, non_blocking=True)
+
+
+def _halve(owner: str, scores: Tensor) -> Tensor:
+    """View (L, B, N) as (L, 2, B / 2, N)."""
+    L, B, N = scores.shape
+    if B % 2:
+        fail(owner, "shares_guidance", "be False for an odd batch", f"{B} samples")
+    return scores.reshape(L, 2, B // 2, N)
