@@ -1,0 +1,5 @@
+from hypothesis import settings
+
+# a machine that is busy with something else must not fail a test
+settings.register_profile("policies", deadline=None)
+settings.load_profile("policies")
