@@ -73,6 +73,15 @@ class Outcome:
         return self.before.median - self.after.median > max(self.before.spread, self.after.spread)
 
 
+def list_cases(device: Device) -> list[TuneCase]:
+    """What the kernel modules offer for tuning on this device."""
+    return [
+        case
+        for module in modules_with("tune_cases")
+        for case in importlib.import_module(module).tune_cases(device)
+    ]
+
+
 def try_settings(case: TuneCase, measure: Callable[[Callable[[], object]], float]) -> Outcome:
     """Time the heuristic's setting and all candidates, each in every round."""
     with on_trial(case.kernel) as trial:
@@ -164,8 +173,7 @@ def run(options: argparse.Namespace) -> int:
     measure = measure_on_gpu if on_gpu else measure_on_cpu
     cases = [
         case
-        for module in modules_with("tune_cases")
-        for case in importlib.import_module(module).tune_cases(device)
+        for case in list_cases(device)
         if options.kernel is None or options.kernel in case.kernel
     ]
     if not cases:

@@ -1,0 +1,250 @@
+import argparse
+import json
+from dataclasses import dataclass
+from itertools import repeat
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from tokencache_kernels.backends.triton import _launch, tune
+from tokencache_kernels.backends.triton._launch import (
+    INTERPRETER,
+    Device,
+    TuneCase,
+    choose,
+    device_of,
+    problem_key,
+)
+
+H200 = Device(arch=90, name="NVIDIA H200", num_sms=132)
+PROBLEM = {"R": 500, "D": 1152}
+
+
+@dataclass(frozen=True)
+class Tile:
+    block: int = 128
+    num_warps: int = 4
+
+
+@pytest.fixture(autouse=True)
+def no_settings_of_the_user(monkeypatch, tmp_path):
+    monkeypatch.delenv("TOKENCACHE_LAUNCH_SETTINGS", raising=False)
+    # a path of its own for each test, since a file is read once in a process
+    monkeypatch.setattr(_launch, "SHIPPED", tmp_path / "shipped")
+    _launch.tuned.cache_clear()
+    yield
+    _launch.tuned.cache_clear()
+
+
+def write_settings(path, device="NVIDIA H200", **fields):
+    key = problem_key("linear", PROBLEM)
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps({"device": device, "settings": {key: fields}}))
+    return path
+
+
+def use_settings(monkeypatch, path):
+    monkeypatch.setenv("TOKENCACHE_LAUNCH_SETTINGS", str(path))
+
+
+# choosing
+
+
+def test_the_heuristic_holds_where_nothing_was_tuned():
+    assert choose("linear", H200, PROBLEM, Tile()) == Tile()
+
+
+def test_a_tuned_entry_replaces_the_fields_it_names(monkeypatch, tmp_path):
+    use_settings(monkeypatch, write_settings(tmp_path / "mine.json", block=64))
+
+    assert choose("linear", H200, PROBLEM, Tile()) == Tile(block=64, num_warps=4)
+
+
+def test_a_tuned_entry_serves_its_bucket_and_its_kernel_only(monkeypatch, tmp_path):
+    use_settings(monkeypatch, write_settings(tmp_path / "mine.json", block=64))
+
+    assert choose("linear", H200, {"D": 2048, "R": 512}, Tile()).block == 64
+    assert choose("linear", H200, {"D": 2048, "R": 513}, Tile()).block == 128
+    assert choose("linear_scatter_", H200, PROBLEM, Tile()).block == 128
+
+
+def test_shipped_settings_serve_their_device(tmp_path):
+    write_settings(tmp_path / "shipped" / "nvidia-h200.json", block=32)
+
+    assert choose("linear", H200, PROBLEM, Tile()).block == 32
+    assert choose("linear", INTERPRETER, PROBLEM, Tile()).block == 128
+
+
+def test_the_users_settings_go_before_the_shipped_ones(monkeypatch, tmp_path):
+    write_settings(tmp_path / "shipped" / "nvidia-h200.json", block=32)
+    use_settings(monkeypatch, write_settings(tmp_path / "mine.json", block=64))
+
+    assert choose("linear", H200, PROBLEM, Tile()).block == 64
+
+
+def test_another_file_is_honoured_in_the_same_process(monkeypatch, tmp_path):
+    use_settings(monkeypatch, write_settings(tmp_path / "one.json", block=64))
+    first = choose("linear", H200, PROBLEM, Tile())
+    use_settings(monkeypatch, write_settings(tmp_path / "two.json", block=256))
+
+    assert (first.block, choose("linear", H200, PROBLEM, Tile()).block) == (64, 256)
+
+
+def test_settings_of_another_device_are_ignored(monkeypatch, tmp_path):
+    path = write_settings(tmp_path / "mine.json", device="NVIDIA A10", block=64)
+    use_settings(monkeypatch, path)
+
+    assert choose("linear", H200, PROBLEM, Tile()) == Tile()
+
+
+@pytest.mark.parametrize("fields", [{"blok": 64}, {"block": "64"}, {"block": None}], ids=str)
+def test_a_field_that_does_not_fit_is_named(monkeypatch, tmp_path, fields):
+    path = write_settings(tmp_path / "mine.json", **fields)
+    use_settings(monkeypatch, path)
+
+    with pytest.raises(ValueError) as error:
+        choose("linear", H200, PROBLEM, Tile())
+
+    ((name, value),) = fields.items()
+    assert str(error.value) == (
+        f"linear: the launch settings in {path} must replace fields of block=128 num_warps=4, "
+        f"got {name}={value!r} for linear/D=2048,R=512"
+    )
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", '{"device": "x"}', '{"device": "x", "settings": {"a": 1}}', None]
+)
+def test_a_file_that_is_none_is_named(monkeypatch, tmp_path, text):
+    path = tmp_path / "mine.json"
+    if text is not None:
+        path.write_text(text)
+    use_settings(monkeypatch, path)
+
+    with pytest.raises(ValueError, match=r"launch settings: .*mine\.json must be a JSON file"):
+        choose("linear", H200, PROBLEM, Tile())
+
+
+def test_every_shipped_file_can_be_read(monkeypatch):
+    monkeypatch.undo()
+    for path in _launch.SHIPPED.glob("*.json"):
+        device = json.loads(path.read_text())["device"]
+        assert path.stem == _launch.file_name(device)
+        assert _launch.read_settings(path, device)
+
+
+def test_a_launch_on_the_cpu_is_the_interpreters():
+    assert device_of(torch.device("cpu")) == INTERPRETER
+
+
+# tuning
+
+
+def launches(kernel, times, tried):
+    """A launcher that returns the time of the setting it chooses."""
+
+    def run():
+        setting = choose(kernel, H200, PROBLEM, Tile())
+        tried.append(setting)
+        return times[setting.block]
+
+    return run
+
+
+def outcome_of(times, candidates):
+    tried = []
+    case = TuneCase("linear", "", candidates, launches("linear", times, tried))
+    return tune.try_settings(case, lambda run: next(run())), tried
+
+
+def test_every_candidate_is_launched_in_every_round():
+    outcome, tried = outcome_of({128: repeat(2.0), 64: repeat(1.0)}, [Tile(64)])
+
+    # the first launch finds the problem and what the heuristic says to it
+    assert tried == [Tile(), *[Tile(), Tile(64)] * tune.ROUNDS]
+    assert outcome.key == "linear/D=2048,R=512"
+    assert (outcome.heuristic, outcome.best) == (Tile(), Tile(64))
+
+
+def test_a_setting_that_wins_beyond_the_scatter_is_kept():
+    outcome, _ = outcome_of({128: repeat(2.0), 64: repeat(1.0)}, [Tile(64)])
+
+    assert outcome.is_gain
+    assert tune.make_record([outcome], H200, "tune")["settings"] == {outcome.key: {"block": 64}}
+
+
+def test_a_setting_that_wins_within_the_scatter_is_not_kept():
+    scattered = iter([2.0, 2.5, 3.0])
+    outcome, _ = outcome_of({128: scattered, 64: repeat(1.9)}, [Tile(64)])
+
+    assert outcome.best == Tile(64)
+    assert not outcome.is_gain
+    assert tune.make_record([outcome], H200, "tune")["settings"] == {}
+
+
+def test_a_setting_too_large_for_the_device_is_passed_over():
+    from triton.runtime.errors import OutOfResources
+
+    def measure(run):
+        time = run()
+        if time < 1:
+            raise OutOfResources(2, 1, "shared memory")
+        return time
+
+    run = launches("linear", {128: 2.0, 64: 0.5}, [])
+    outcome = tune.try_settings(TuneCase("linear", "", [Tile(64)], run), measure)
+
+    assert (outcome.best, outcome.num_failed) == (Tile(), 1)
+
+
+def run_tune(*arguments):
+    parser = argparse.ArgumentParser()
+    tune.add_arguments(parser)
+    return tune.run(parser.parse_args(arguments))
+
+
+@pytest.fixture
+def toy_cases(monkeypatch):
+    """One tunable kernel, whose candidate does less than its heuristic."""
+
+    def work():
+        setting = choose("toy", device_of(torch.device("cpu")), {"N": 10}, Tile(block=2000000))
+        return sum(range(setting.block))
+
+    case = TuneCase("toy", "N=10", [Tile(block=1)], work)
+    monkeypatch.setattr(tune, "list_cases", lambda device: [case])
+
+
+def test_the_command_writes_settings_that_choose_honours(toy_cases, monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    path = tmp_path / "tuned.json"
+
+    status = run_tune("--out", str(path))
+
+    assert status == 0
+    record = json.loads(path.read_text())
+    assert record["device"] == "interpreter"
+    assert record["settings"] == {"toy/N=16": {"block": 1}}
+    assert {"versions", "command", "utc"} < record.keys()
+    assert "toy (N=10): " in capsys.readouterr().out
+    use_settings(monkeypatch, path)
+    assert choose("toy", INTERPRETER, {"N": 10}, Tile()) == Tile(block=1)
+
+
+def test_the_command_says_when_there_is_nothing_to_tune_on(monkeypatch, capsys):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+    assert run_tune() == 2
+    assert capsys.readouterr().out.startswith("tune: needs a CUDA device")
+
+
+def test_the_command_knows_its_kernels(toy_cases, monkeypatch, capsys):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+    assert run_tune("--kernel", "nonsense") == 2
+    assert "got 'nonsense'" in capsys.readouterr().out
