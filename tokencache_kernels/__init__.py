@@ -1,0 +1,119 @@
+"""Token-wise caching for diffusion transformers: fused ops, policies, one line for diffusers.
+
+Names are loaded on first use: importing the package imports neither torch nor Triton.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from .version import __version__
+
+if TYPE_CHECKING:
+    from .errors import (
+        BackendUnavailableError,
+        CacheMissError,
+        TokenCacheError,
+        UnsupportedInputError,
+    )
+    from .ops import (
+        add_branches,
+        add_branches_,
+        attention,
+        attention_entropy,
+        attention_received,
+        gather_modulate,
+        gather_rows,
+        head_norms,
+        invert_indices,
+        linear,
+        linear_scatter,
+        linear_scatter_,
+        mlp,
+        mlp_,
+        project_qkv_,
+        row_pass,
+        row_pass_,
+        scatter_rows,
+        scatter_rows_,
+        select_cycle_,
+        select_tokens,
+        select_tokens_,
+        token_change,
+    )
+    from .policies import ToCaConfig, fora, random_tokens
+
+_HOMES = {
+    ".errors": (
+        "BackendUnavailableError",
+        "CacheMissError",
+        "TokenCacheError",
+        "UnsupportedInputError",
+    ),
+    ".ops": (
+        "add_branches",
+        "add_branches_",
+        "attention",
+        "attention_entropy",
+        "attention_received",
+        "gather_modulate",
+        "gather_rows",
+        "head_norms",
+        "invert_indices",
+        "linear",
+        "linear_scatter",
+        "linear_scatter_",
+        "mlp",
+        "mlp_",
+        "project_qkv_",
+        "row_pass",
+        "row_pass_",
+        "scatter_rows",
+        "scatter_rows_",
+        "select_cycle_",
+        "select_tokens",
+        "select_tokens_",
+        "token_change",
+    ),
+    ".policies": ("ToCaConfig", "fora", "random_tokens"),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "BackendUnavailableError",
+    "CacheMissError",
+    "ToCaConfig",
+    "TokenCacheError",
+    "UnsupportedInputError",
+    "__version__",
+    "add_branches",
+    "add_branches_",
+    "attention",
+    "attention_entropy",
+    "attention_received",
+    "fora",
+    "gather_modulate",
+    "gather_rows",
+    "head_norms",
+    "invert_indices",
+    "linear",
+    "linear_scatter",
+    "linear_scatter_",
+    "mlp",
+    "mlp_",
+    "project_qkv_",
+    "random_tokens",
+    "row_pass",
+    "row_pass_",
+    "scatter_rows",
+    "scatter_rows_",
+    "select_cycle_",
+    "select_tokens",
+    "select_tokens_",
+    "token_change",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME_OF[name], __name__), name)

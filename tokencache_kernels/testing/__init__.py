@@ -2,6 +2,7 @@
 
 from .budget import assert_within_budget, error_budget
 from .inputs import distinct_scores, in_float64, randn, random_indices
+from .models import tiny_dit
 
 __all__ = [
     "assert_within_budget",
@@ -10,4 +11,5 @@ __all__ = [
     "in_float64",
     "randn",
     "random_indices",
+    "tiny_dit",
 ]

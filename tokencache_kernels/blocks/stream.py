@@ -1,0 +1,65 @@
+"""The residual stream of one step, with the gated branches that have not been added to it yet."""
+
+from torch import Tensor
+
+from .. import ops
+
+
+class ResidualStream:
+    """Hidden states plus pending branches, added as late as possible and in one pass.
+
+    A layer's MLP output is added together with the next layer's attention output, and a run of
+    reused layers collapses into one pass. Nothing else may look at the stream before ``flush``.
+    """
+
+    def __init__(self, hidden_states: Tensor, backend: str = "auto") -> None:
+        self._hidden_states = hidden_states.contiguous()
+        # the caller may still hold the tensor it gave us: the first pass writes a new one
+        self._is_ours = self._hidden_states is not hidden_states
+        self._branches: list[Tensor] = []
+        self._gates: list[Tensor | None] = []
+        self._backend = backend
+
+    @property
+    def hidden_states(self) -> Tensor:
+        """(B, N, D), without the pending branches."""
+        return self._hidden_states
+
+    def add(self, branch: Tensor, gate: Tensor | None) -> None:
+        """Add ``gate * branch`` later; ``branch`` (B, N, D) must not change before that."""
+        self._branches.append(branch)
+        self._gates.append(gate)
+
+    def take_rows(
+        self, indices: Tensor, positions: Tensor, shift: Tensor, scale: Tensor, eps: float
+    ) -> Tensor:
+        """Add what is pending and pack the selected rows, normalised and modulated: one launch."""
+        arguments = (self._branches, self._gates, indices, shift, scale)
+        if self._is_ours:
+            packed = ops.row_pass_(
+                self._hidden_states, *arguments, positions=positions, eps=eps, backend=self._backend
+            )
+        else:
+            self._hidden_states, packed = ops.row_pass(
+                self._hidden_states, *arguments, positions=positions, eps=eps, backend=self._backend
+            )
+        self._clear()
+        return packed
+
+    def flush(self) -> Tensor:
+        """Add what is pending and return the hidden states."""
+        if self._branches:
+            if self._is_ours:
+                ops.add_branches_(
+                    self._hidden_states, self._branches, self._gates, backend=self._backend
+                )
+            else:
+                self._hidden_states = ops.add_branches(
+                    self._hidden_states, self._branches, self._gates, backend=self._backend
+                )
+            self._clear()
+        return self._hidden_states
+
+    def _clear(self) -> None:
+        self._is_ours = True
+        self._branches, self._gates = [], []

@@ -1,0 +1,1 @@
+"""Other people's libraries; each is imported only by the subpackage that bears its name."""

@@ -1,0 +1,86 @@
+"""Attach a policy to a transformer through diffusers' own hook registry."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from diffusers.hooks import HookRegistry
+from diffusers.hooks.hooks import CacheContext, _set_cache_context
+from torch import nn
+
+from ...errors import UnsupportedInputError
+from ...policies import Policy
+from . import dit
+
+# the model classes supported, by name, and what attaches a policy to each
+_SUPPORTED = {"DiTTransformer2DModel": dit}
+
+
+def apply_token_cache(transformer: nn.Module, config: Policy, *, backend: str = "auto") -> None:
+    """Make a diffusers transformer follow a token-caching policy from its next call on.
+
+    Full steps run the model's own code; partial steps recompute the MLP of the selected tokens
+    through ``tokencache_kernels.ops`` and reuse everything else. Steps are counted per cache
+    context (``token_cache_context``); after ``config.num_inference_steps`` calls a new run begins.
+
+    Args:
+        transformer: a ``DiTTransformer2DModel``, in any float dtype, on any device.
+        config: a policy, such as ``ToCaConfig.preset("dit-xl-ddim50")``.
+        backend: the backend of all ops; see ``ops.gather_rows``.
+
+    Raises:
+        UnsupportedInputError: the model or a part of it is not supported; the message names it.
+        ValueError: the transformer already has a token cache.
+
+    Source:
+        ToCa (arXiv:2410.05317).
+    """
+    adapter = _SUPPORTED.get(type(transformer).__name__)
+    if adapter is None:
+        raise UnsupportedInputError(
+            f"apply_token_cache: transformer must be one of {', '.join(_SUPPORTED)}, got "
+            f"{type(transformer).__name__}"
+        )
+    if _is_applied(transformer):
+        raise ValueError(
+            "apply_token_cache: transformer must not have a token cache yet, got one that has; "
+            "call remove_token_cache first"
+        )
+    adapter.attach(transformer, config, backend)
+
+
+def remove_token_cache(transformer: nn.Module) -> None:
+    """Take the policy off again and free its caches; without one this does nothing."""
+    for module in transformer.modules():
+        registry = getattr(module, "_diffusers_hook", None)
+        if registry is not None and dit.HOOK_NAME in registry.hooks:
+            registry.remove_hook(dit.HOOK_NAME, recurse=False)
+
+
+def reset_token_cache(transformer: nn.Module) -> None:
+    """Forget all features and begin a new run, in every cache context.
+
+    Needed only after a run that was broken off: a run that reaches its last step ends by itself.
+    """
+    HookRegistry.check_if_exists_or_initialize(transformer).reset_stateful_hooks(recurse=True)
+
+
+@contextmanager
+def token_cache_context(transformer: nn.Module, name: str) -> Iterator[None]:
+    """Name the caller of the forward passes inside, such as ``"cond"`` or ``"uncond"``.
+
+    Each name has its own caches and its own count of steps. Where the model has diffusers'
+    ``cache_context``, that does the same.
+    """
+    _set_cache_context(transformer, CacheContext(name))
+    try:
+        yield
+    finally:
+        _set_cache_context(transformer, None)
+
+
+def _is_applied(transformer: nn.Module) -> bool:
+    return any(
+        dit.HOOK_NAME in module._diffusers_hook.hooks
+        for module in transformer.modules()
+        if hasattr(module, "_diffusers_hook")
+    )
