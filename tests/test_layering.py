@@ -13,7 +13,7 @@ PACKAGE = Path(tokencache_kernels.__file__).parent
 # a layer may import those before it
 LAYERS = [
     "version", "errors", "settings", "cache", "backends", "ops", "policies", "blocks",
-    "distributed", "integrations", "testing", "demo", "info", "cli", "__main__",
+    "distributed", "integrations", "testing", "info", "plan", "demo", "cli", "__main__",
 ]  # fmt: skip
 FILES = sorted(PACKAGE.rglob("*.py"))
 

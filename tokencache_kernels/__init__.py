@@ -9,38 +9,9 @@ from typing import TYPE_CHECKING, Any
 from .version import __version__
 
 if TYPE_CHECKING:
-    from .errors import (
-        BackendUnavailableError,
-        CacheMissError,
-        TokenCacheError,
-        UnsupportedInputError,
-    )
-    from .ops import (
-        add_branches,
-        add_branches_,
-        attention,
-        attention_entropy,
-        attention_received,
-        gather_modulate,
-        gather_rows,
-        head_norms,
-        invert_indices,
-        linear,
-        linear_scatter,
-        linear_scatter_,
-        mlp,
-        mlp_,
-        project_qkv_,
-        row_pass,
-        row_pass_,
-        scatter_rows,
-        scatter_rows_,
-        select_cycle_,
-        select_tokens,
-        select_tokens_,
-        token_change,
-    )
-    from .policies import ToCaConfig, fora, random_tokens
+    from .errors import *  # noqa: F403
+    from .ops import *  # noqa: F403
+    from .policies import ToCaConfig, fora, random_tokens  # noqa: F401
 
 _HOMES = {
     ".errors": (
@@ -78,39 +49,7 @@ _HOMES = {
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
-__all__ = [
-    "BackendUnavailableError",
-    "CacheMissError",
-    "ToCaConfig",
-    "TokenCacheError",
-    "UnsupportedInputError",
-    "__version__",
-    "add_branches",
-    "add_branches_",
-    "attention",
-    "attention_entropy",
-    "attention_received",
-    "fora",
-    "gather_modulate",
-    "gather_rows",
-    "head_norms",
-    "invert_indices",
-    "linear",
-    "linear_scatter",
-    "linear_scatter_",
-    "mlp",
-    "mlp_",
-    "project_qkv_",
-    "random_tokens",
-    "row_pass",
-    "row_pass_",
-    "scatter_rows",
-    "scatter_rows_",
-    "select_cycle_",
-    "select_tokens",
-    "select_tokens_",
-    "token_change",
-]
+__all__ = ["__version__", *_HOME_OF]
 
 
 def __getattr__(name: str) -> Any:

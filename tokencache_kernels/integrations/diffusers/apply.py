@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from diffusers.hooks import HookRegistry
 from diffusers.hooks.hooks import CacheContext, _set_cache_context
@@ -51,8 +52,8 @@ def apply_token_cache(transformer: nn.Module, config: Policy, *, backend: str = 
 def remove_token_cache(transformer: nn.Module) -> None:
     """Take the policy off again and free its caches; without one this does nothing."""
     for module in transformer.modules():
-        registry = getattr(module, "_diffusers_hook", None)
-        if registry is not None and dit.HOOK_NAME in registry.hooks:
+        registry = _registry(module)
+        if registry is not None:
             registry.remove_hook(dit.HOOK_NAME, recurse=False)
 
 
@@ -79,8 +80,10 @@ def token_cache_context(transformer: nn.Module, name: str) -> Iterator[None]:
 
 
 def _is_applied(transformer: nn.Module) -> bool:
-    return any(
-        dit.HOOK_NAME in module._diffusers_hook.hooks
-        for module in transformer.modules()
-        if hasattr(module, "_diffusers_hook")
-    )
+    return any(_registry(module) is not None for module in transformer.modules())
+
+
+def _registry(module: nn.Module) -> Any:
+    """The module's hook registry, if our hook is in it."""
+    registry = getattr(module, "_diffusers_hook", None)
+    return registry if registry is not None and dit.HOOK_NAME in registry.hooks else None

@@ -59,7 +59,7 @@ class _BlockHook(ModelHook):  # type: ignore[misc]
         self._backend = backend
 
     def new_forward(
-        self, block: nn.Module, hidden_states: Tensor, *arguments: Any, **named: Any
+        self, block: Any, hidden_states: Tensor, *arguments: Any, **named: Any
     ) -> Tensor:
         state = self._contexts.get_state()
         runner = state.runner
@@ -87,7 +87,7 @@ class _BlockHook(ModelHook):  # type: ignore[misc]
 
     def _run_cached(
         self,
-        block: nn.Module,
+        block: Any,
         runner: Runner,
         stream: ResidualStream,
         timestep: Tensor,
