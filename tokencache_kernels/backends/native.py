@@ -25,20 +25,25 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
 @functools.cache
 def _load_library() -> str | None:
     """Load the library, once in a process; the reason why it cannot be loaded, or None."""
-    override = settings.native_library_path()
-    path = Path(override) if override else _PACKAGE / "libtokencache_kernels.so"
+    path = library_path()
     if not path.is_file():
-        if override:
-            return f"TOKENCACHE_NATIVE_LIBRARY must name a file, got {override!r}"
+        if settings.native_library_path():
+            return f"TOKENCACHE_NATIVE_LIBRARY must name a file, got {str(path)!r}"
         return (
             "the native library was not built (pip install --no-build-isolation . with a C++ "
             "compiler and torch installed)"
         )
     try:
-        torch.ops.load_library(path)  # type: ignore[no-untyped-call]
+        torch.ops.load_library(path)
     except OSError as error:
         return f"the native library does not load ({error})"
     return None
+
+
+def library_path() -> Path:
+    """Where the library is: ``TOKENCACHE_NATIVE_LIBRARY``, or where the build installs it."""
+    override = settings.native_library_path()
+    return Path(override) if override else _PACKAGE / "libtokencache_kernels.so"
 
 
 def build_info() -> dict[str, str] | None:
