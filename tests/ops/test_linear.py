@@ -1,0 +1,171 @@
+import pytest
+import torch
+
+from tokencache_kernels.backends import reference
+from tokencache_kernels.ops import gather_rows, linear, linear_scatter, linear_scatter_
+from tokencache_kernels.testing import assert_within_budget, in_float64, randn, random_indices
+
+OPS = ("linear", "linear_scatter_")
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+SHAPES = [
+    pytest.param(2, 37, 11, 72, 40, id="odd-sizes"),
+    pytest.param(1, 80, 70, 128, 192, id="round-sizes"),
+    pytest.param(3, 5, 5, 7, 3, id="all-tokens"),
+    pytest.param(2, 16, 0, 8, 8, id="no-slot"),
+    pytest.param(1, 3, 1, 1, 1, id="one-channel"),
+    pytest.param(0, 4, 2, 8, 8, id="no-sample"),
+]
+
+
+def make_layer(K, O, dtype, device):  # noqa: E741
+    return (
+        randn(O, K, dtype=dtype, device=device, seed=1) / K**0.5,
+        randn(O, dtype=dtype, device=device, seed=2),
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("B", "N", "S", "K", "O"), SHAPES)
+def test_linear_is_as_exact_as_eager(backend, device, B, N, S, K, O, dtype):  # noqa: E741
+    inputs = (randn(B, S, K, dtype=dtype, device=device), *make_layer(K, O, dtype, device))
+
+    out = linear(*inputs, activation="gelu", backend=backend)
+
+    assert_within_budget(
+        out,
+        exact=reference.linear(*in_float64(*inputs), "gelu", None),
+        rounded=reference.linear(*inputs, "gelu", None),
+    )
+
+
+@pytest.mark.parametrize("activation", ["none", "gelu", "gelu_tanh", "silu"])
+def test_activations_hold_from_one_end_to_the_other(backend, device, activation):
+    x = torch.linspace(-30, 30, 241, device=device).reshape(1, 241, 1)
+    weight = torch.ones(1, 1, device=device)
+
+    out = linear(x, weight, activation=activation, backend=backend)
+
+    assert_within_budget(
+        out,
+        exact=reference.linear(x.double(), weight.double(), None, activation, None),
+        rounded=reference.linear(x, weight, None, activation, None),
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gathered_rows_are_the_packed_rows(backend, device, dtype):
+    x = randn(2, 37, 72, dtype=dtype, device=device)
+    weight, bias = make_layer(72, 40, dtype, device)
+    indices = random_indices(2, 37, 11, num_empty=2, device=device)
+
+    out = linear(x, weight, bias, activation="silu", indices=indices, backend=backend)
+
+    packed = gather_rows(x, indices, backend="reference")
+    wanted = linear(packed, weight, bias, activation="silu", backend=backend)
+    torch.testing.assert_close(out, wanted, rtol=0, atol=0)
+
+
+def test_an_empty_slot_is_a_row_of_zeros(backend, device):
+    x = torch.full((1, 6, 16), 1e30, device=device)
+    x[0, 3] = 1.0
+    weight, bias = make_layer(16, 24, torch.float32, device)
+    indices = torch.tensor([[-1, 3, 6, 2**31 - 1]], dtype=torch.int32, device=device)
+
+    out = linear(x, weight, bias, indices=indices, backend=backend)
+
+    for slot in (0, 2, 3):
+        torch.testing.assert_close(out[0, slot], bias, rtol=0, atol=0)
+    torch.testing.assert_close(out[0, 1], weight.sum(1) + bias)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("B", "N", "S", "K", "O"), SHAPES)
+def test_scatter_writes_the_selected_rows_and_no_other(backend, device, B, N, S, K, O, dtype):  # noqa: E741
+    weight, bias = make_layer(K, O, dtype, device)
+    x = randn(B, S, K, dtype=dtype, device=device)
+    indices = random_indices(B, N, S, num_empty=min(S, 1), device=device)
+    inputs = (randn(B, N, O, dtype=dtype, device=device, seed=3), indices, x, weight, bias)
+
+    out = inputs[0].clone()
+    returned = linear_scatter_(out, *inputs[1:], backend=backend)
+
+    assert returned is out
+    assert_within_budget(
+        out,
+        exact=linear_scatter(*in_float64(*inputs), backend="reference"),
+        rounded=linear_scatter(*inputs, backend="reference"),
+    )
+    kept = torch.ones(B, N + 1, dtype=torch.bool, device=device)
+    kept.scatter_(1, torch.where(indices < 0, N, indices).long(), False)
+    torch.testing.assert_close(out[kept[:, :N]], inputs[0][kept[:, :N]], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("residual", [False, True], ids=["replace", "residual"])
+@pytest.mark.parametrize("has_gate", [False, True], ids=["no-gate", "gate"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gate_and_old_value_join_before_the_rounding(backend, device, has_gate, residual, dtype):
+    weight, _ = make_layer(24, 40, dtype, device)
+    x = randn(3, 7, 24, dtype=dtype, device=device)
+    gate = randn(3, 40, dtype=dtype, device=device, seed=4) if has_gate else None
+    inputs = (randn(3, 20, 40, dtype=dtype, device=device), random_indices(3, 20, 7), x, weight)
+    inputs = tuple(tensor.to(device) for tensor in inputs)
+
+    out = linear_scatter(*inputs, gate=gate, residual=residual, backend=backend)
+
+    (exact_gate,) = in_float64(gate)
+    assert_within_budget(
+        out,
+        exact=linear_scatter(
+            *in_float64(*inputs), gate=exact_gate, residual=residual, backend="reference"
+        ),
+        rounded=linear_scatter(*inputs, gate=gate, residual=residual, backend="reference"),
+    )
+
+
+def test_slices_are_read_and_written_in_place(backend, device):
+    wide = randn(2, 40, 3, 24, device=device)
+    before = wide.clone()
+    rows = randn(2, 11, 2, 32, device=device)[:, :, 1, 3:19]
+    weight = randn(24, 2, 16, device=device)[:, 1]
+    gate = randn(2, 48, device=device)[:, 24:]
+    indices = random_indices(2, 37, 11, device=device)
+
+    linear_scatter_(wide[:, 1:38, 1], indices, rows, weight, gate=gate, backend=backend)
+
+    wanted = before.clone()
+    linear_scatter_(wanted[:, 1:38, 1], indices, rows, weight, gate=gate, backend="reference")
+    torch.testing.assert_close(wide, wanted)
+    torch.testing.assert_close(wide[:, :, [0, 2]], before[:, :, [0, 2]], rtol=0, atol=0)
+    out = linear(wide[:, :, 1], weight[:, :1].expand(24, 24).contiguous(), backend=backend)
+    torch.testing.assert_close(
+        out, linear(wide[:, :, 1].contiguous(), weight[:, :1].expand(24, 24).contiguous())
+    )
+
+
+def test_an_index_outside_the_tokens_touches_no_memory(backend, device):
+    cache = randn(1, 5, 8, device=device)
+    before = cache.clone()
+    wild = torch.tensor([[-7, 5, 2**31 - 1, -(2**31)]], dtype=torch.int32, device=device)
+    x = randn(1, 4, 16, device=device)
+    weight, bias = make_layer(16, 8, torch.float32, device)
+
+    linear_scatter_(cache, wild, x, weight, bias, residual=True, backend=backend)
+
+    torch.testing.assert_close(cache, before, rtol=0, atol=0)
+
+
+def test_a_batch_equals_its_elements_run_alone(backend, device):
+    cache = randn(3, 20, 40, device=device)
+    indices = random_indices(3, 20, 7, num_empty=1, device=device)
+    x = randn(3, 7, 24, device=device)
+    weight, bias = make_layer(24, 40, torch.float32, device)
+    gate = randn(3, 40, device=device)
+
+    whole = linear_scatter(cache, indices, x, weight, bias, gate=gate, backend=backend)
+
+    for b in range(3):
+        one = slice(b, b + 1)
+        alone = linear_scatter(
+            cache[one], indices[one], x[one], weight, bias, gate=gate[one], backend=backend
+        )
+        torch.testing.assert_close(whole[one], alone)

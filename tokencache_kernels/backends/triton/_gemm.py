@@ -1,0 +1,305 @@
+"""Tiles of a GEMM on packed rows: their launch settings, and the pieces that kernels make them of.
+
+The product is accumulated in float32, bias, activation, gate and old value are applied there, and
+the result is rounded once. Float32 inputs are multiplied as such (PyTorch's default), so on the
+ordinary cores instead of the tensor cores: that way is for exactness, not for speed.
+"""
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from math import ceil
+
+import torch
+import triton
+import triton.language as tl
+
+from ._counters import zeroed_counters
+from ._device import INTERPRETED, round_to
+from ._launch import Device
+
+# a wider tile is finished in halves: the temporaries of a whole one do not fit in the registers
+MAX_EPILOGUE_COLS = tl.constexpr(128)
+SPLITS = (2, 3, 4, 6, 8)
+
+
+@dataclass(frozen=True)
+class GemmTile:
+    """``block_m`` rows by ``block_n`` columns a program, ``block_k`` deep a step.
+
+    Programs of ``group_m`` row blocks follow one another.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    group_m: int = 8
+
+    def num_tiles(self, num_rows: int, out_features: int) -> int:
+        """How many tiles cover the output."""
+        return ceil(num_rows / self.block_m) * ceil(out_features / self.block_n)
+
+    def constants(self) -> dict[str, int]:
+        """The constexpr blocks of the kernel."""
+        return {
+            "BLOCK_M": self.block_m,
+            "BLOCK_N": self.block_n,
+            "BLOCK_K": self.block_k,
+            "GROUP_M": self.group_m,
+        }
+
+
+@dataclass(frozen=True)
+class GemmSetting(GemmTile):
+    """One tile a program, or a ``split_k``-th of the depth of one."""
+
+    split_k: int = 1
+
+
+_WIDE = GemmTile(128, 256, 64, num_warps=8, num_stages=4)
+_SQUARE = GemmTile(128, 128, 64, num_warps=8, num_stages=4)
+_LOW = GemmTile(64, 128, 64, num_warps=4, num_stages=4)
+_SMALL = GemmTile(64, 64, 64, num_warps=4, num_stages=4)
+_FLOAT32 = GemmTile(64, 64, 16, num_warps=8, num_stages=3)
+# the rate at which a tile of that size keeps the cores busy, against the largest (estimates)
+_RATES = {128 * 256: 1.0, 128 * 128: 0.9, 64 * 128: 0.75, 64 * 64: 0.55}
+
+
+def gemm_tiles(arch: int, itemsize: int) -> list[GemmTile]:
+    """The tiles that fit an architecture's shared memory and registers, largest first.
+
+    sm_80 holds one stage less than ``num_stages``, sm_90 all of them; sm_86, 89 and 120 have 99 KB.
+    """
+    if itemsize == 4:
+        return [_FLOAT32]
+    if arch in (90, 100):
+        return [_WIDE, _SQUARE, _LOW, _SMALL]
+    if arch == 80:
+        return [replace(_WIDE, num_stages=3), _SQUARE, _LOW, _SMALL]
+    return [replace(_SQUARE, num_stages=3), replace(_LOW, num_stages=3), _SMALL]
+
+
+def gemm_settings(
+    device: Device, itemsize: int, out_features: int, in_features: int
+) -> list[GemmSetting]:
+    """Every setting worth trying: all tiles, whole or split while each part keeps some depth."""
+    tiles = gemm_tiles(device.arch, itemsize)
+    if in_features % 8 or out_features % 8:
+        # rows out of step with 16 bytes are copied element by element, which needs the registers
+        tiles = tiles[-1:]
+    splits = [split for split in SPLITS if in_features // split >= 256]
+    return [GemmSetting(**vars(tile), split_k=split) for tile in tiles for split in (1, *splits)]
+
+
+@lru_cache(maxsize=4096)
+def gemm_heuristic(
+    device: Device, itemsize: int, num_rows: int, out_features: int, in_features: int
+) -> GemmSetting:
+    """The setting with the least estimated time for this problem."""
+
+    def time(setting: GemmSetting) -> float:
+        problem = (num_rows, out_features, in_features)
+        return estimate(setting, setting.split_k, device.num_sms, *problem)
+
+    return min(gemm_settings(device, itemsize, out_features, in_features), key=time)
+
+
+def estimate(
+    tile: GemmTile, split_k: int, num_sms: int, num_rows: int, out_features: int, in_features: int
+) -> float:
+    """Time in multiply-adds of one multiprocessor: whole waves of programs, each as deep as it is.
+
+    Start and end of a program cost as much as some 200 steps of k; so does writing or reading one
+    part of a split tile, which goes through the L2. Arithmetic, not a measurement.
+    """
+    area = tile.block_m * tile.block_n
+    programs = tile.num_tiles(num_rows, out_features) * split_k
+    depth = in_features / split_k + 200
+    if split_k > 1:
+        depth += 200 * (1 + split_k)
+    return ceil(programs / num_sms) * area * depth / _RATES[area]
+
+
+def split_buffers(
+    setting: GemmSetting, num_tiles: int, device: torch.device
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Where the programs of split tiles leave their parts and count themselves; None when whole."""
+    if setting.split_k == 1:
+        return None, None
+    size = setting.split_k * num_tiles * setting.block_m * setting.block_n
+    partials = torch.empty(size, dtype=torch.float32, device=device)
+    return partials, zeroed_counters(device, num_tiles)
+
+
+@triton.jit
+def tile_at(position, num_tiles_m, num_tiles_n, GROUP_M: tl.constexpr):
+    """The tile at this place in an order in which neighbours share rows and weights in the L2."""
+    group = position // (GROUP_M * num_tiles_n)
+    first_m = group * GROUP_M
+    rows = tl.minimum(num_tiles_m - first_m, GROUP_M)
+    within = position - first_m * num_tiles_n
+    return first_m + within % rows, within // rows
+
+
+@triton.jit
+def multiply_rows(
+    x_rows, weight_ptr, first_col, k_begin, k_end,
+    stride_w: tl.constexpr, D_IN: tl.constexpr, D_OUT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """sum_k x_rows[m][k] * weight[first_col + n, k], k_begin <= k < k_end; x_rows: pointers."""
+    cols = first_col + tl.arange(0, BLOCK_N)
+    if D_OUT % BLOCK_N != 0:
+        # columns past the end repeat the last one, and are never stored: cheaper than a mask
+        cols = tl.minimum(cols, D_OUT - 1)
+    weight_rows = weight_ptr + cols.to(tl.int64) * stride_w
+    offs_k = tl.arange(0, BLOCK_K)
+    total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for k in range(k_begin, k_end, BLOCK_K):
+        x_ptrs = x_rows[:, None] + (k + offs_k)[None, :]
+        weight_ptrs = weight_rows[None, :] + (k + offs_k)[:, None]
+        if D_IN % BLOCK_K == 0:
+            x = tl.load(x_ptrs)  # [BLOCK_M, BLOCK_K]
+            weight = tl.load(weight_ptrs)  # [BLOCK_K, BLOCK_N]
+        else:
+            x = tl.load(x_ptrs, mask=(k + offs_k)[None, :] < D_IN, other=0.0)
+            weight = tl.load(weight_ptrs, mask=(k + offs_k)[:, None] < D_IN, other=0.0)
+        if INTERPRETED:
+            # the interpreter would multiply the bit patterns of bfloat16
+            x = x.to(tl.float32)
+            weight = weight.to(tl.float32)
+        total = tl.dot(x, weight, total, input_precision="ieee")
+    return total
+
+
+@triton.jit
+def multiply_part(
+    x_rows, weight_ptr, partials_ptr, counters_ptr, first_col,
+    split_k,
+    stride_w: tl.constexpr, D_IN: tl.constexpr, D_OUT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Leave a part of the product in memory, and return whether all parts of the tile are there.
+
+    The grid is (tiles, split_k); the program that arrives last clears the counter for the next
+    launch.
+    """
+    tile = tl.program_id(0)
+    steps = tl.cdiv(tl.cdiv(D_IN, BLOCK_K), split_k)
+    k_begin = tl.program_id(1) * steps * BLOCK_K
+    k_end = tl.minimum(k_begin + steps * BLOCK_K, D_IN)
+    part = multiply_rows(
+        x_rows, weight_ptr, first_col, k_begin, k_end,
+        stride_w, D_IN, D_OUT, BLOCK_M, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
+    place = (tl.program_id(1) * tl.num_programs(0) + tile).to(tl.int64) * BLOCK_M * BLOCK_N
+    offsets = tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    tl.store(partials_ptr + place + offsets, part)
+    # every thread has written before the one atomic that says so
+    tl.debug_barrier()
+    is_last = tl.atomic_add(counters_ptr + tile, 1, sem="acq_rel") == split_k - 1
+    if is_last:
+        tl.store(counters_ptr + tile, 0)
+    return is_last
+
+
+@triton.jit
+def sum_parts(partials_ptr, split_k, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The tile whose parts lie in memory, added in the order of k: every run has the same bits."""
+    offsets = tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for split in range(split_k):
+        place = (split * tl.num_programs(0) + tl.program_id(0)).to(tl.int64) * BLOCK_M * BLOCK_N
+        total += tl.load(partials_ptr + place + offsets)
+    return total
+
+
+@triton.jit
+def halve(x):
+    """The left and the right half of the columns; every thread keeps what it holds."""
+    return tl.split(tl.permute(tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def add_bias(x, bias_ptr, cols, D_OUT: tl.constexpr):
+    """x[m, n] + bias[cols[n]], in float32; no bias: x."""
+    if bias_ptr is not None:
+        x += tl.load(bias_ptr + cols, mask=cols < D_OUT, other=0.0).to(tl.float32)[None, :]
+    return x
+
+
+@triton.jit
+def _sigmoid(x):
+    """1 / (1 + exp(-x)); the power is kept from overflowing, which would tell nothing more."""
+    return 1.0 / (1.0 + tl.exp(tl.minimum(-x, 88.0)))
+
+
+@triton.jit
+def activate(x, ACTIVATION: tl.constexpr):
+    """The activation of that name, in float32."""
+    if ACTIVATION == "gelu":
+        x = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    elif ACTIVATION == "gelu_tanh":
+        # 0.5 * (1 + tanh(u)) = sigmoid(2 * u), with u = sqrt(2 / pi) * (x + 0.044715 * x**3)
+        x = x * _sigmoid(1.5957691216057308 * x * (1.0 + 0.044715 * x * x))
+    elif ACTIVATION == "silu":
+        x = x * _sigmoid(x)
+    return x
+
+
+@triton.jit
+def store_activated(
+    total, bias_ptr, out_ptr, rows, first_col,
+    M,
+    D_OUT: tl.constexpr, ACTIVATION: tl.constexpr,
+):  # fmt: skip
+    """out[rows[m], c] = activation(total[m, n] + bias[c]), c = first_col + n; out is contiguous."""
+    if total.shape[1] > MAX_EPILOGUE_COLS:
+        left, right = halve(total)
+        store_activated(left, bias_ptr, out_ptr, rows, first_col, M, D_OUT, ACTIVATION)
+        middle = first_col + left.shape[1]
+        store_activated(right, bias_ptr, out_ptr, rows, middle, M, D_OUT, ACTIVATION)
+    else:
+        cols = first_col + tl.arange(0, total.shape[1])
+        total = activate(add_bias(total, bias_ptr, cols, D_OUT), ACTIVATION)
+        out_ptrs = out_ptr + rows.to(tl.int64)[:, None] * D_OUT + cols[None, :]
+        mask = (rows < M)[:, None] & (cols < D_OUT)[None, :]
+        tl.store(out_ptrs, round_to(total, out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def store_scattered(
+    total, bias_ptr, gate_ptr, indices_ptr, cache_ptr, rows, first_col,
+    M, N, S,
+    stride_gb, stride_cb, stride_cn: tl.constexpr,
+    D_OUT: tl.constexpr, RESIDUAL: tl.constexpr,
+):  # fmt: skip
+    """cache[b, indices[b, s], c] = [old value +] [gate[b, c] *] (total[m, n] + bias[c]).
+
+    Here b * S + s = rows[m] and c = first_col + n. An empty slot writes nothing.
+    """
+    if total.shape[1] > MAX_EPILOGUE_COLS:
+        left, right = halve(total)
+        store_scattered(
+            left, bias_ptr, gate_ptr, indices_ptr, cache_ptr, rows, first_col,
+            M, N, S, stride_gb, stride_cb, stride_cn, D_OUT, RESIDUAL,
+        )  # fmt: skip
+        store_scattered(
+            right, bias_ptr, gate_ptr, indices_ptr, cache_ptr, rows, first_col + left.shape[1],
+            M, N, S, stride_gb, stride_cb, stride_cn, D_OUT, RESIDUAL,
+        )  # fmt: skip
+    else:
+        cols = first_col + tl.arange(0, total.shape[1])
+        batch = (rows // S).to(tl.int64)
+        token = tl.load(indices_ptr + rows, mask=rows < M, other=-1)
+        mask = ((token >= 0) & (token < N))[:, None] & (cols < D_OUT)[None, :]
+        cache_rows = cache_ptr + batch * stride_cb + token.to(tl.int64) * stride_cn
+        cache_ptrs = cache_rows[:, None] + cols[None, :]
+        total = add_bias(total, bias_ptr, cols, D_OUT)
+        if gate_ptr is not None:
+            gate_ptrs = (gate_ptr + batch * stride_gb)[:, None] + cols[None, :]
+            total *= tl.load(gate_ptrs, mask=mask, other=0.0).to(tl.float32)
+        if RESIDUAL:
+            total += tl.load(cache_ptrs, mask=mask, other=0.0).to(tl.float32)
+        tl.store(cache_ptrs, round_to(total, cache_ptr.dtype.element_ty), mask=mask)

@@ -1,0 +1,286 @@
+"""Linear layers on packed rows, each in one pass: gather, GEMM, activation; or GEMM, scatter.
+
+Gathering, activating and scattering around the GEMM saves a launch and a pass over the rows each.
+Few rows do not fill the device with tiles: then several programs share one (split-K), and the last
+to arrive adds their parts in a fixed order.
+"""
+
+from collections.abc import Iterator
+from functools import partial
+from itertools import product
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._gemm import (
+    GemmSetting,
+    gemm_heuristic,
+    gemm_settings,
+    gemm_tiles,
+    multiply_part,
+    multiply_rows,
+    split_buffers,
+    store_activated,
+    store_scattered,
+    sum_parts,
+    tile_at,
+)
+from ._launch import CompileCase, Device, TuneCase, choose, device_of
+
+
+@triton.jit(do_not_specialize=["M", "N", "S", "split_k"])
+def _linear_kernel(
+    x_ptr, indices_ptr, weight_ptr, bias_ptr, out_ptr, partials_ptr, counters_ptr,
+    M, N, S, split_k,
+    stride_xb, stride_xn: tl.constexpr, stride_w: tl.constexpr,
+    D_IN: tl.constexpr, D_OUT: tl.constexpr, ACTIVATION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    """out[m] = activation(row[m] @ weight.T + bias).
+
+    row[m] = x[m], or with indices, m = b * S + s, x[b, indices[b, s]]; an empty slot: 0.
+    """
+    tile_m, tile_n = tile_at(
+        tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(D_OUT, BLOCK_N), GROUP_M
+    )
+    rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    first_col = tile_n * BLOCK_N
+
+    # a row that does not exist or is empty reads one that does: no mask in the loop
+    row = tl.minimum(rows, M - 1)
+    if indices_ptr is None:
+        x_rows = x_ptr + row.to(tl.int64) * stride_xn
+    else:
+        token = tl.load(indices_ptr + row)
+        is_live = (token >= 0) & (token < N)
+        token = tl.where(is_live, token, 0).to(tl.int64)
+        x_rows = x_ptr + (row // S).to(tl.int64) * stride_xb + token * stride_xn
+
+    if partials_ptr is None:
+        is_complete = True
+        total = multiply_rows(
+            x_rows, weight_ptr, first_col, 0, D_IN,
+            stride_w, D_IN, D_OUT, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+    else:
+        is_complete = multiply_part(
+            x_rows, weight_ptr, partials_ptr, counters_ptr, first_col,
+            split_k, stride_w, D_IN, D_OUT, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+    if is_complete:
+        if partials_ptr is not None:
+            total = sum_parts(partials_ptr, split_k, BLOCK_M, BLOCK_N)
+        if indices_ptr is not None:
+            total = tl.where(is_live[:, None], total, 0.0)
+        store_activated(total, bias_ptr, out_ptr, rows, first_col, M, D_OUT, ACTIVATION)
+
+
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, indices: Tensor | None
+) -> Tensor:
+    """Launch ``_linear_kernel``."""
+    D_out, D_in = weight.shape
+    B, S = x.shape[:2] if indices is None else indices.shape
+    M = B * S
+    out = x.new_empty(B, S, D_out)
+    if out.numel() == 0:
+        return out
+    if indices is None:
+        x = x.reshape(1, M, D_in)
+    else:
+        indices = indices.contiguous()
+    setting = _choose("linear", x, M, weight)
+    num_tiles = setting.num_tiles(M, D_out)
+    partials, counters = split_buffers(setting, num_tiles, x.device)
+    _linear_kernel[num_tiles, setting.split_k](
+        x, indices, weight, bias, out, partials, counters,
+        M, x.shape[1], S, setting.split_k,
+        x.stride(0), x.stride(1), weight.stride(0),
+        D_IN=D_in, D_OUT=D_out, ACTIVATION=activation,
+        **setting.constants(), num_warps=setting.num_warps, num_stages=setting.num_stages,
+    )  # fmt: skip
+    return out
+
+
+@triton.jit(do_not_specialize=["M", "N", "S", "split_k"])
+def _linear_scatter_kernel(
+    x_ptr, weight_ptr, bias_ptr, gate_ptr, indices_ptr, cache_ptr, partials_ptr, counters_ptr,
+    M, N, S, split_k,
+    stride_gb, stride_cb, stride_xn: tl.constexpr, stride_w: tl.constexpr, stride_cn: tl.constexpr,
+    D_IN: tl.constexpr, D_OUT: tl.constexpr, RESIDUAL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    """cache[b, indices[b, s]] = [old value +] [gate[b] *] (x[b * S + s] @ weight.T + bias)."""
+    tile_m, tile_n = tile_at(
+        tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(D_OUT, BLOCK_N), GROUP_M
+    )
+    rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    first_col = tile_n * BLOCK_N
+    x_rows = x_ptr + tl.minimum(rows, M - 1).to(tl.int64) * stride_xn
+
+    if partials_ptr is None:
+        is_complete = True
+        total = multiply_rows(
+            x_rows, weight_ptr, first_col, 0, D_IN,
+            stride_w, D_IN, D_OUT, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+    else:
+        is_complete = multiply_part(
+            x_rows, weight_ptr, partials_ptr, counters_ptr, first_col,
+            split_k, stride_w, D_IN, D_OUT, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+    if is_complete:
+        if partials_ptr is not None:
+            total = sum_parts(partials_ptr, split_k, BLOCK_M, BLOCK_N)
+        store_scattered(
+            total, bias_ptr, gate_ptr, indices_ptr, cache_ptr, rows, first_col,
+            M, N, S, stride_gb, stride_cb, stride_cn, D_OUT, RESIDUAL,
+        )  # fmt: skip
+
+
+def linear_scatter_(
+    cache: Tensor,
+    indices: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gate: Tensor | None,
+    residual: bool,
+) -> None:
+    """Launch ``_linear_scatter_kernel``."""
+    D_out, D_in = weight.shape
+    B, S = indices.shape
+    M = B * S
+    if M * D_out == 0:
+        return
+    rows = x.reshape(M, D_in)
+    setting = _choose("linear_scatter_", x, M, weight)
+    num_tiles = setting.num_tiles(M, D_out)
+    partials, counters = split_buffers(setting, num_tiles, x.device)
+    _linear_scatter_kernel[num_tiles, setting.split_k](
+        rows, weight, bias, gate, indices.contiguous(), cache, partials, counters,
+        M, cache.shape[1], S, setting.split_k,
+        0 if gate is None else gate.stride(0), cache.stride(0),
+        rows.stride(0), weight.stride(0), cache.stride(1),
+        D_IN=D_in, D_OUT=D_out, RESIDUAL=residual,
+        **setting.constants(), num_warps=setting.num_warps, num_stages=setting.num_stages,
+    )  # fmt: skip
+
+
+def _choose(kernel: str, x: Tensor, num_rows: int, weight: Tensor) -> GemmSetting:
+    """The launch setting for this many rows through this weight."""
+    device = device_of(x.device)
+    D_out, D_in = weight.shape
+    heuristic = gemm_heuristic(device, x.itemsize, num_rows, D_out, D_in)
+    problem = {"M": num_rows, "O": D_out, "K": D_in, "bits": 8 * x.itemsize}
+    return choose(kernel, device, problem, heuristic)
+
+
+def compile_cases(device: Device) -> Iterator[CompileCase]:
+    """Every tile, whole and split, with every epilogue.
+
+    float16 differs from bfloat16 in the type of its instructions alone: the heaviest epilogues do.
+    """
+    for dtype, itemsize in (("bf16", 2), ("fp16", 2), ("fp32", 4)):
+        linear_variants = [("gelu", True)]
+        scatter_variants = [(True, True)]
+        if dtype != "fp16":
+            linear_variants += [(name, False) for name in ("none", "gelu", "gelu_tanh", "silu")]
+            scatter_variants += [(False, False), (True, False), (False, True)]
+        for tile, split_k in product(gemm_tiles(device.arch, itemsize), (1, 2)):
+            setting = GemmSetting(**vars(tile), split_k=split_k)
+            for activation, gathers in linear_variants:
+                yield _compile_case(
+                    _linear_kernel,
+                    f"{activation} {dtype}" + " gather" * gathers,
+                    setting,
+                    dtype,
+                    pointers={"out_ptr": dtype, "indices_ptr": "i32" if gathers else None},
+                    strides=("stride_xb",),
+                    constexprs={"ACTIVATION": activation},
+                )
+            for is_gated, residual in scatter_variants:
+                yield _compile_case(
+                    _linear_scatter_kernel,
+                    dtype + " gate" * is_gated + " residual" * residual,
+                    setting,
+                    dtype,
+                    pointers={
+                        "gate_ptr": dtype if is_gated else None,
+                        "indices_ptr": "i32",
+                        "cache_ptr": dtype,
+                    },
+                    strides=("stride_gb", "stride_cb"),
+                    constexprs={"stride_cn": _COMPILED_D_OUT, "RESIDUAL": residual},
+                )
+
+
+# many steps of k, so that the loop stays one, and a number of columns that no wide tile divides
+_COMPILED_D_IN, _COMPILED_D_OUT = 3072, 1152
+
+
+def _compile_case(
+    kernel: Any,
+    variant: str,
+    setting: GemmSetting,
+    dtype: str,
+    pointers: dict[str, str | None],
+    strides: tuple[str, ...],
+    constexprs: dict[str, Any],
+) -> CompileCase:
+    is_split = setting.split_k > 1
+    pointers = {
+        "x_ptr": dtype,
+        "weight_ptr": dtype,
+        "bias_ptr": dtype,
+        "partials_ptr": "fp32" if is_split else None,
+        "counters_ptr": "i32" if is_split else None,
+    } | pointers
+    present = {name: f"*{element}" for name, element in pointers.items() if element is not None}
+    return CompileCase(
+        kernel=kernel,
+        variant=variant,
+        setting=setting,
+        signature=present | dict.fromkeys(("M", "N", "S", "split_k", *strides), "i32"),
+        constexprs=dict.fromkeys(pointers.keys() - present.keys())
+        | {
+            "stride_xn": _COMPILED_D_IN,
+            "stride_w": _COMPILED_D_IN,
+            "D_IN": _COMPILED_D_IN,
+            "D_OUT": _COMPILED_D_OUT,
+        }
+        | setting.constants()
+        | constexprs,
+        aligned=frozenset({*present, *strides}),
+        num_warps=setting.num_warps,
+        num_stages=setting.num_stages,
+        is_gemm=dtype != "fp32",
+    )
+
+
+def tune_cases(device: Device) -> Iterator[TuneCase]:
+    """The two layers of the MLP of DiT-XL and of FLUX, with few rows and with many."""
+    where = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16
+    for D, S in product((1152, 3072), (512, 2048, 8192)):
+        for D_out, D_in in ((4 * D, D), (D, 4 * D)):
+            x, weight = (
+                torch.randn(*shape, dtype=dtype, device=where)
+                for shape in ((1, S, D_in), (D_out, D_in))
+            )
+            cache = torch.empty(1, S, D_out, dtype=dtype, device=where)
+            indices = torch.arange(S, dtype=torch.int32, device=where)[None]
+            candidates = gemm_settings(device, dtype.itemsize, D_out, D_in)
+            label = f"M={S} O={D_out} K={D_in} bf16"
+            yield TuneCase(
+                "linear", label, candidates, partial(linear, x, weight, None, "gelu_tanh", None)
+            )
+            yield TuneCase(
+                "linear_scatter_",
+                label,
+                candidates,
+                partial(linear_scatter_, cache, indices, x, weight, None, None, False),
+            )
