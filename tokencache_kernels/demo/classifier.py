@@ -1,6 +1,7 @@
-"""A small classifier of the digits: the judge of the samples, and the features of the Fréchet distance.
+"""A small classifier of the digits: the judge of the samples, and the Fréchet distance's features.
 
-``python -m tokencache_kernels.demo.classifier`` trains it, and writes the weights and the record of how they were made.
+``python -m tokencache_kernels.demo.classifier`` trains it, and writes the weights and the record of
+how they were made.
 """
 
 import argparse
@@ -58,7 +59,7 @@ def classify(classifier: DigitsClassifier, images: Tensor) -> tuple[Tensor, Tens
 
 
 def distort(images: Tensor) -> Tensor:
-    """Turn, scale and shift every image a little, each on its own, so that 4,500 of them go further."""
+    """Turn, scale and shift every image a little, each on its own, so that few go further."""
     angle = 0.2 * (2 * torch.rand(len(images)) - 1)
     scale = 1 + 0.12 * (2 * torch.rand(len(images)) - 1)
     shift = 0.15 * (2 * torch.rand(len(images), 2) - 1)
@@ -86,9 +87,10 @@ def train(epochs: int, batch: int, peak: float) -> tuple[DigitsClassifier, dict[
     started = time.monotonic()
     for _ in tqdm(range(epochs), unit="epoch"):
         order = torch.randperm(num_train)[: steps_per_epoch * batch]
-        for chosen in order.split(batch):
+        for chosen in order.reshape(-1, batch):
             logits, _ = model(distort(images[chosen]))
-            F.cross_entropy(logits, labels[chosen], label_smoothing=0.05).backward()
+            loss = F.cross_entropy(logits, labels[chosen], label_smoothing=0.05)
+            loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()

@@ -7,7 +7,7 @@ PEAK = 2.0  # the images lie in [-1, 1]
 
 
 def psnr(images: Tensor, reference: Tensor) -> Tensor:
-    """10 log10(peak^2 / mean squared error) of each image, (B,) in dB; infinite where they are equal."""
+    """10 log10(peak^2 / mean squared error) of each image, (B,) in dB; infinite where equal."""
     error = (images.double() - reference.double()).square().flatten(1).mean(dim=1)
     return 10 * torch.log10(PEAK**2 / error)
 

@@ -14,7 +14,7 @@ GUIDANCE = 2.0
 
 
 def make_noise(seeds: Sequence[int]) -> Tensor:
-    """One picture of noise a seed, (B, 1, 32, 32); a sample's noise does not depend on its batch."""
+    """One picture of noise a seed, (B, 1, 32, 32), whatever the other seeds are."""
     generator = torch.Generator()
     return torch.stack(
         [
@@ -36,15 +36,15 @@ def sample(
 ) -> Tensor:
     """Draw one digit for each label, from the noise of its seed.
 
-    The conditional and the unconditional half of the guidance share one forward of 2B rows a step, so that every method
-    of caching sees the same rows.
+    The conditional and the unconditional half of the guidance share one forward of 2B rows a step,
+    so that every method of caching sees the same rows.
 
     Args:
         model: the transformer, on any device, in float32, hooked or not.
         labels: B digits.
         seeds: B seeds of the initial noise; DDIM at eta 0 draws no other.
         steps: the number of DDIM steps, trailing-spaced.
-        guidance: 1 is the conditional prediction alone, more is further away from the unconditional one.
+        guidance: 1 is the conditional prediction alone, more is further from the unconditional one.
         on_step: called after each step; a progress bar's ``update``.
 
     Returns:

@@ -1,0 +1,59 @@
+import pytest
+
+from tokencache_kernels.demo.methods import applied, parse_method
+from tokencache_kernels.demo.model import SHAPE, load_model
+from tokencache_kernels.demo.sampling import sample
+from tokencache_kernels.policies import SHAPES
+
+
+@pytest.mark.parametrize(
+    "name", ["", "tocca-3", "toca", "toca-0", "toca-3-101", "fewer-0", "dense-3"]
+)
+def test_an_unknown_name_is_answered_with_the_known(name):
+    with pytest.raises(ValueError, match=r"must be dense, fewer-<steps>, .*toca-<interval>.*, got"):
+        parse_method(name, 50)
+
+
+def test_a_ratio_of_fewer_steps_is_that_of_the_steps():
+    assert parse_method("dense", 50).flops_ratio == 1
+    assert parse_method("fewer-20", 50).flops_ratio == 2.5
+
+
+def test_fresh_tokens_cost_flops_and_a_longer_interval_saves_them():
+    ratios = [
+        parse_method(name, 50).flops_ratio for name in ("toca-3-20", "toca-3", "toca-5", "dense")
+    ]
+
+    assert ratios[0] < ratios[1] < ratios[2]
+    assert parse_method("random-3", 50).flops_ratio == ratios[1]
+    # FORA computes the first of every three steps, 17 of 50, and nothing else
+    assert parse_method("fora-3", 50).flops_ratio == pytest.approx(50 / 17)
+
+
+def test_the_shape_that_flops_are_counted_for_is_the_models():
+    stack = SHAPES["demo"].stacks[0]
+
+    assert stack.num_layers == SHAPE["num_layers"]
+    assert SHAPES["demo"].hidden == SHAPE["num_attention_heads"] * SHAPE["attention_head_dim"]
+    assert stack.modules[0].num_tokens == (SHAPE["sample_size"] // SHAPE["patch_size"]) ** 2
+
+
+def test_a_method_applies_inside_its_block_only(weights):
+    model = load_model(weights)
+    dense = sample(model, [1], [0], steps=4)
+
+    with applied(model, parse_method("fora-4", 4)):
+        cached = sample(model, [1], [0], steps=4)
+    after = sample(model, [1], [0], steps=4)
+
+    assert not cached.equal(dense)
+    assert after.equal(dense)
+
+
+def test_an_interval_of_one_is_dense(weights):
+    model = load_model(weights)
+
+    with applied(model, parse_method("fora-1", 3)):
+        cached = sample(model, [1], [0], steps=3)
+
+    assert cached.equal(sample(model, [1], [0], steps=3))

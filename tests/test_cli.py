@@ -1,0 +1,76 @@
+import importlib
+import subprocess
+import sys
+
+import pytest
+
+from tokencache_kernels import __name__ as package
+from tokencache_kernels import cli, info
+from tokencache_kernels.policies import ToCaConfig
+from tokencache_kernels.version import __version__
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_every_subcommand_is_a_module_with_two_functions(command):
+    module = importlib.import_module(f"{package}.{cli.COMMANDS[command][0]}")
+
+    assert callable(module.add_arguments)
+    assert callable(module.run)
+
+
+def test_help_names_every_subcommand_and_imports_none():
+    program = (
+        "import sys\n"
+        "from tokencache_kernels.cli import main\n"
+        "try:\n    main(['--help'])\n"
+        "finally:\n    assert not {'torch', 'triton', 'diffusers'} & set(sys.modules)\n"
+    )
+
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+
+    assert done.returncode == 0, done.stderr
+    for command in cli.COMMANDS:
+        assert f"    {command} " in done.stdout or f"    {command}\n" in done.stdout
+
+
+def test_version_is_the_packages(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["--version"])
+
+    assert capsys.readouterr().out == f"tokencache_kernels {__version__}\n"
+
+
+@pytest.mark.parametrize("arguments", [[], ["dance"]])
+def test_without_a_known_subcommand_the_usage_is_shown(arguments, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(arguments)
+
+    assert "usage: tokencache" in capsys.readouterr().err
+
+
+def test_a_package_that_is_missing_is_named(monkeypatch, capsys):
+    def run(_):
+        raise ModuleNotFoundError("No module named 'mlxtend'", name="mlxtend")
+
+    monkeypatch.setattr(info, "run", run)
+
+    assert cli.main(["info"]) == 1
+    assert capsys.readouterr().err == (
+        "tokencache info: it needs mlxtend, which is not installed\n"
+    )
+
+
+def test_plan_shows_every_step_and_the_ratio(capsys):
+    assert cli.main(["plan", "dit-xl-ddim50", "dit-xl-256px"]) == 0
+
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "step   0  full"
+    assert sum(line.startswith("step ") for line in lines) == 50
+    assert any("times fewer, in " in line for line in lines)
+
+
+def test_plan_names_the_presets_when_it_does_not_know_one(capsys):
+    assert cli.main(["plan", "dit", "demo"]) == 1
+
+    assert "must be one of dit-xl-ddim50" in capsys.readouterr().err
+    assert ToCaConfig.preset("dit-xl-ddim50").num_inference_steps == 50

@@ -1,0 +1,57 @@
+"""The command ``tokencache``, also ``python -m tokencache_kernels``: one table of subcommands.
+
+A subcommand is a module with ``add_arguments(parser)`` and ``run(options) -> int``; it is imported
+only when it is asked for.
+"""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from .errors import TokenCacheError
+from .version import __version__
+
+COMMANDS = {
+    "demo": ("demo.show", "draw digits with the shipped model, dense and cached, side by side"),
+    "evaluate": ("demo.evaluate", "measure a policy's quality and time over many digits"),
+    "info": ("info", "say what can run here, what cannot, and why"),
+    "plan": ("plan", "show what a policy computes at each step, and the arithmetic it saves"),
+    "compile-report": (
+        "backends.triton.compile_gate",
+        "compile every Triton kernel for given GPUs, without having one",
+    ),
+    "tune": ("backends.triton.tune", "find the fastest launch settings on this GPU"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one subcommand and return its exit status; what the user can mend is told in a line."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    try:
+        options = parse_arguments(arguments)
+        status: int = options.run(options)
+    except ModuleNotFoundError as error:
+        reason = f"it needs {error.name}, which is not installed"
+    except (TokenCacheError, ValueError, FileNotFoundError) as error:
+        reason = str(error)
+    else:
+        return status
+    print(f"tokencache {arguments[0]}: {reason}", file=sys.stderr)
+    return 1
+
+
+def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+    """Parse the command line; ``run`` in the result is the subcommand's function."""
+    parser = argparse.ArgumentParser(
+        prog="tokencache", description="Token-wise feature caching for diffusion transformers."
+    )
+    parser.add_argument("--version", action="version", version=f"tokencache_kernels {__version__}")
+    subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
+    for name, (module_name, summary) in COMMANDS.items():
+        subparser = subparsers.add_parser(name, help=summary, description=summary)
+        if arguments[:1] == [name]:
+            module = importlib.import_module(f".{module_name}", __package__)
+            module.add_arguments(subparser)
+            subparser.set_defaults(run=module.run)
+    return parser.parse_args(arguments)
