@@ -166,22 +166,24 @@ class CompileCase:
         variant: what distinguishes it for the reader, such as ``gelu_tanh bf16``.
         setting: the launch setting, printed in the report.
         signature: the type of each argument that is not a constexpr, such as
-            ``{"x_ptr": "*bf16", "N": "i32"}``.
+            ``{"x_ptr": "*bf16", "N": "i32"}``; of a tuple, one type for each of its items.
         constexprs: the value of each constexpr argument.
         aligned: the arguments divisible by 16 at a launch: pointers, and strides or sizes.
         num_warps: warps per program.
         num_stages: pipeline stages.
+        max_registers: the launch's ``maxnreg``; None leaves it to the assembler.
         is_gemm: whether it must use tensor cores and asynchronous copies.
     """
 
     kernel: Any
     variant: str
     setting: Any
-    signature: Mapping[str, str]
+    signature: Mapping[str, str | tuple[str, ...]]
     constexprs: Mapping[str, Any]
     aligned: frozenset[str]
     num_warps: int
     num_stages: int = 1
+    max_registers: int | None = None
     is_gemm: bool = False
 
 

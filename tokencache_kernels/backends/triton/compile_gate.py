@@ -125,7 +125,8 @@ def _cases(module: str, arch: str) -> list[CompileCase]:
 def _identity(case: CompileCase) -> str:
     """Everything that the compiler gets to see."""
     types, values = sorted(case.signature.items()), sorted(case.constexprs.items())
-    return f"{types} {values} {sorted(case.aligned)} {case.num_warps} {case.num_stages}"
+    options = f"{case.num_warps} {case.num_stages} {case.max_registers}"
+    return f"{types} {values} {sorted(case.aligned)} {options}"
 
 
 # one case: compile, read, judge
@@ -178,7 +179,11 @@ def compile_case(case: CompileCase, architecture: Architecture) -> Any:
     return triton.compile(
         source,
         target=GPUTarget("cuda", architecture.device.arch, 32),
-        options={"num_warps": case.num_warps, "num_stages": case.num_stages},
+        options={
+            "num_warps": case.num_warps,
+            "num_stages": case.num_stages,
+            "maxnreg": case.max_registers,
+        },
     )
 
 

@@ -1,0 +1,18 @@
+"""What the kernels share on the device: rounding that does not depend on who runs them."""
+
+import triton
+import triton.language as tl
+
+# read once, like every @triton.jit does when its module is imported
+INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+
+
+@triton.jit
+def round_to(x, dtype: tl.constexpr):
+    """The float32 ``x`` in ``dtype``, rounded to the nearest, ties to even."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        # the interpreter would cut the low half off
+        bits = x.to(tl.uint32, bitcast=True)
+        bits = bits + 0x7FFF + ((bits >> 16) & 1)
+        x = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
+    return x.to(dtype)
