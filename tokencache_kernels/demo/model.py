@@ -43,7 +43,7 @@ def build_scheduler() -> Any:
         beta_schedule="linear",
         beta_start=1e-4,
         beta_end=2e-2,
-        clip_sample=True,
+        clip_sample=False,
         timestep_spacing="trailing",
     )
 
