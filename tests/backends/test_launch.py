@@ -214,7 +214,7 @@ def toy_cases(monkeypatch):
         return sum(range(setting.block))
 
     case = TuneCase("toy", "N=10", [Tile(block=1)], work)
-    monkeypatch.setattr(tune, "list_cases", lambda device: [case])
+    monkeypatch.setattr(tune, "find_cases", lambda device: [case])
 
 
 def test_the_command_writes_settings_that_choose_honours(toy_cases, monkeypatch, tmp_path, capsys):
@@ -248,3 +248,15 @@ def test_the_command_knows_its_kernels(toy_cases, monkeypatch, capsys):
 
     assert run_tune("--kernel", "nonsense") == 2
     assert "got 'nonsense'" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the problems are small on the CPU only")
+def test_every_tunable_kernel_runs_in_every_candidate(monkeypatch):
+    monkeypatch.setattr(tune, "ROUNDS", 1)
+    outcomes = [
+        tune.try_settings(case, tune.measure_on_cpu) for case in tune.find_cases(INTERPRETER)
+    ]
+
+    kernels = {outcome.key.split("/")[0] for outcome in outcomes}
+    assert kernels > {"gather_rows", "row_pass", "linear", "linear_scatter_", "mlp_"}
+    assert {outcome.num_failed for outcome in outcomes} == {0}

@@ -12,9 +12,10 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,19 @@ from triton.testing import do_bench
 
 from ... import settings
 from ...version import __version__
-from ._launch import Device, TuneCase, describe_setting, device_of, modules_with, on_trial
+from ._launch import (
+    INTERPRETER,
+    Device,
+    TuneCase,
+    describe_setting,
+    device_of,
+    modules_with,
+    on_trial,
+)
+from ._tiles import TileSetting, piece_settings
+from .modulate import add_branches, gather_modulate, row_pass
+from .rows import gather_rows, scatter_rows_
+from .select import invert_indices
 
 ROUNDS = 3
 
@@ -73,13 +86,43 @@ class Outcome:
         return self.before.median - self.after.median > max(self.before.spread, self.after.spread)
 
 
-def list_cases(device: Device) -> list[TuneCase]:
-    """What the kernel modules offer for tuning on this device."""
-    return [
-        case
-        for module in modules_with("tune_cases")
-        for case in importlib.import_module(module).tune_cases(device)
-    ]
+def find_cases(device: Device) -> Iterator[TuneCase]:
+    """What the kernel modules offer for tuning on this device, one after another to save memory."""
+    for module in modules_with("tune_cases"):
+        yield from importlib.import_module(module).tune_cases(device)
+
+
+def tune_cases(device: Device) -> Iterator[TuneCase]:
+    """The kernels that move rows, for a batch of DiT-XL and one image of FLUX."""
+    where = "cuda" if torch.cuda.is_available() else "cpu"
+    problems = [(16, 256, 26, 1152), (1, 4608, 460, 3072)]
+    for B, N, S, D in [(2, 9, 4, 24)] if device == INTERPRETER else problems:
+        x, out, branch = torch.randn(3, B, N, D, dtype=torch.bfloat16, device=where)
+        gate, shift, scale = torch.randn(3, B, D, dtype=x.dtype, device=where)
+        indices = torch.arange(S, dtype=torch.int32, device=where).repeat(B, 1)
+        positions = invert_indices(indices, N)
+        packed = gather_rows(x, indices)
+        update = (out, x, (branch, branch), (gate, gate))
+        whole_rows = TileSetting.for_whole_rows(D)
+        shares = [
+            replace(whole_rows, rows=rows, num_warps=num_warps)
+            for rows in (1, 2, 4, 8)
+            for num_warps in (1, 2, 4, 8, 16)
+            if 8 <= rows * whole_rows.block_d // (32 * num_warps) <= 32
+        ]
+        modulation = (indices, shift, scale, 1e-6)
+        for kernel, candidates, launch in (
+            ("gather_rows", piece_settings(), partial(gather_rows, x, indices)),
+            ("scatter_rows_", piece_settings(), partial(scatter_rows_, out, indices, packed)),
+            ("add_branches", piece_settings(), partial(add_branches, *update)),
+            ("gather_modulate", shares, partial(gather_modulate, x, *modulation)),
+            (
+                "row_pass",
+                shares,
+                partial(row_pass, *update, indices, positions, shift, scale, 1e-6),
+            ),
+        ):
+            yield TuneCase(kernel, f"B={B} N={N} S={S} D={D} bf16", candidates, launch)
 
 
 def try_settings(case: TuneCase, measure: Callable[[Callable[[], object]], float]) -> Outcome:
@@ -171,19 +214,15 @@ def run(options: argparse.Namespace) -> int:
         return 2
     device = device_of(torch.device("cuda" if on_gpu else "cpu"))
     measure = measure_on_gpu if on_gpu else measure_on_cpu
-    cases = [
-        case
-        for case in list_cases(device)
-        if options.kernel is None or options.kernel in case.kernel
-    ]
-    if not cases:
+    outcomes = []
+    for case in find_cases(device):
+        if options.kernel is None or options.kernel in case.kernel:
+            outcome = try_settings(case, measure)
+            outcomes.append(outcome)
+            print(describe_outcome(case, outcome), flush=True)
+    if not outcomes:
         print(f"tune: --kernel must be part of a tunable kernel's name, got {options.kernel!r}")
         return 2
-    outcomes = []
-    for case in cases:
-        outcome = try_settings(case, measure)
-        outcomes.append(outcome)
-        print(describe_outcome(case, outcome), flush=True)
     num_gains = sum(outcome.is_gain for outcome in outcomes)
     print(f"tune: {num_gains} of {len(outcomes)} problems gain on {device.name}")
     if options.out is not None:
