@@ -58,7 +58,6 @@ OPS = [
 ]  # fmt: skip
 
 
-
 def test_every_registered_op_is_checked_here():
     registered = {
         name.split("::")[1].split(".")[0]

@@ -90,7 +90,7 @@ def train(epochs: int, batch: int, peak: float) -> tuple[DigitsClassifier, dict[
         for chosen in order.reshape(-1, batch):
             logits, _ = model(distort(images[chosen]))
             loss = F.cross_entropy(logits, labels[chosen], label_smoothing=0.05)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()

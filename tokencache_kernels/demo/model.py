@@ -29,7 +29,7 @@ def build_model() -> Any:
 
     model = DiTTransformer2DModel(**SHAPE)
     for block in model.transformer_blocks:
-        # diffusers would drop the label in every block on its own; training drops it once per picture
+        # diffusers would drop the label in every block on its own; training does it once a picture
         block.norm1.emb.class_embedder.dropout_prob = 0.0
     return model
 
@@ -43,13 +43,14 @@ def build_scheduler() -> Any:
         beta_schedule="linear",
         beta_start=1e-4,
         beta_end=2e-2,
+        # clipping the clean picture at every step leaves blotches in guided samples
         clip_sample=False,
         timestep_spacing="trailing",
     )
 
 
 def save_weights(model: torch.nn.Module, path: Path = WEIGHTS) -> None:
-    """Write the weights in float16; the sine tables that diffusers recomputes are kept as they are."""
+    """Write the weights in float16."""
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file({name: value.half().contiguous() for name, value in model.state_dict().items()}, path)
 

@@ -10,7 +10,7 @@ from .data import IMAGE_SIZE
 from .model import NULL_CLASS, build_scheduler
 
 STEPS = 50
-GUIDANCE = 2.0
+GUIDANCE = 1.5
 
 
 def make_noise(seeds: Sequence[int]) -> Tensor:

@@ -1,6 +1,7 @@
 """Train the demo's diffusion transformer on the shipped digits.
 
-``python -m tokencache_kernels.demo.train`` writes the weights and, beside them, the record of how they were made.
+``python -m tokencache_kernels.demo.train`` writes the weights and, beside them, the record of how
+they were made.
 It can be stopped and started again: the state is kept in ``--state``.
 """
 
@@ -32,7 +33,7 @@ def learning_rate(step: int, total: int, peak: float) -> float:
 
 
 def diffusion_loss(model: Any, scheduler: Any, images: Tensor, labels: Tensor) -> Tensor:
-    """The mean squared error of the predicted noise at random timesteps, one label in ten dropped."""
+    """The mean squared error of the predicted noise at random timesteps; drops some labels."""
     noise = torch.randn_like(images)
     timesteps = torch.randint(
         0, scheduler.config.num_train_timesteps, (len(images),), device=images.device
@@ -46,7 +47,7 @@ def diffusion_loss(model: Any, scheduler: Any, images: Tensor, labels: Tensor) -
 
 
 def update_average(average: torch.nn.Module, model: torch.nn.Module, step: int) -> None:
-    """Move the averaged weights towards the model's; faster at the start, so that they forget it."""
+    """Move the averaged weights towards the model's; faster at first, to forget the start."""
     decay = min(EMA_DECAY, (1 + step) / (10 + step))
     with torch.no_grad():
         for kept, new in zip(average.parameters(), model.parameters(), strict=True):

@@ -1,0 +1,60 @@
+"""Which backend runs an op: by name it runs or raises; only auto may pass one over."""
+
+import logging
+
+import pytest
+import torch
+
+from tokencache_kernels import backends, ops
+from tokencache_kernels.backends import reference
+from tokencache_kernels.errors import BackendUnavailableError
+from tokencache_kernels.testing import randn, random_indices
+
+CPU = torch.device("cpu")
+
+
+def test_a_backend_asked_for_by_name_never_falls_back(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+    with pytest.raises(
+        BackendUnavailableError,
+        match=r"^gather_rows: backend 'triton' cannot run here: it needs a CUDA device "
+        r"\(or TRITON_INTERPRET=1\), got cpu$",
+    ):
+        ops.gather_rows(randn(1, 4, 8), random_indices(1, 4, 2), backend="triton")
+
+
+def test_a_backend_named_in_the_environment_never_falls_back_either(monkeypatch):
+    monkeypatch.setenv("TOKENCACHE_BACKEND", "native")
+
+    with pytest.raises(BackendUnavailableError, match=r"^head_norms: backend 'native' cannot run"):
+        ops.head_norms(randn(1, 4, 2, 8))
+
+
+def test_an_argument_goes_before_the_environment(monkeypatch):
+    monkeypatch.setenv("TOKENCACHE_BACKEND", "native")
+
+    assert backends.resolve("head_norms", CPU, torch.float32, "reference") is reference.head_norms
+
+
+def test_a_wrong_name_in_the_environment_is_an_error(monkeypatch):
+    monkeypatch.setenv("TOKENCACHE_BACKEND", "cuda")
+
+    with pytest.raises(ValueError, match=r"TOKENCACHE_BACKEND must be one of auto, triton, native"):
+        ops.gather_rows(randn(1, 4, 8), random_indices(1, 4, 2))
+
+
+def test_auto_says_what_it_passed_over(caplog):
+    with caplog.at_level(logging.DEBUG, logger="tokencache_kernels.backends"):
+        chosen = backends.resolve("head_norms", CPU, torch.float32)
+
+    assert chosen is reference.head_norms
+    assert "passing over backend 'native'" in caplog.text
+
+
+def test_float64_runs_on_the_reference():
+    hidden_states = randn(1, 4, 8, dtype=torch.float64)
+
+    out = ops.add_branches(hidden_states, [hidden_states], [None])
+
+    torch.testing.assert_close(out, 2 * hidden_states)
