@@ -11,8 +11,8 @@ INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 def round_to(x, dtype: tl.constexpr):
     """The float32 ``x`` in ``dtype``, rounded to the nearest, ties to even."""
     if INTERPRETED and dtype == tl.bfloat16:
-        # the interpreter would cut the low half off
+        # the interpreter would cut the low half off, so leave nothing there to cut
         bits = x.to(tl.uint32, bitcast=True)
-        bits = bits + 0x7FFF + ((bits >> 16) & 1)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
         x = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
     return x.to(dtype)

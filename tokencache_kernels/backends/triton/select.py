@@ -20,7 +20,9 @@ _LOWEST = tl.constexpr(-(2**31))
 
 @dataclass(frozen=True)
 class SelectSetting:
-    """``block`` keys searched at a time, up to that many from registers; ``chunk`` compacted."""
+    """Keys are searched ``block`` at a time, up to that many from registers; the rest of the work
+    goes ``chunk`` by ``chunk``.
+    """
 
     block: int
     chunk: int
@@ -143,13 +145,13 @@ def _select_tokens_kernel(
     scores_ptr += layer * stride_sl + batch * stride_sb
     staleness_ptr += row * N
     if NORMALIZE:
-        norm = _measure_norm(scores_ptr, N, BLOCK)
+        norm = _measure_norm(scores_ptr, N, CHUNK)
 
     for step in range(num_steps):
         # until they are known, the place of the positions holds the keys
         keys_ptr = positions_ptr + (step * num_rows + row) * N
-        for start in range(0, N, BLOCK):
-            token = start + tl.arange(0, BLOCK)
+        for start in range(0, N, CHUNK):
+            token = start + tl.arange(0, CHUNK)
             mask = token < N
             score = tl.load(scores_ptr + token, mask=mask, other=0.0).to(tl.float32)
             if NORMALIZE:
@@ -159,7 +161,7 @@ def _select_tokens_kernel(
             tl.store(keys_ptr + token, _to_key(score), mask=mask)
         tl.debug_barrier()
         if HAS_GRID:
-            _raise_winners(keys_ptr, height, width, tile, factor, BLOCK // 4)
+            _raise_winners(keys_ptr, height, width, tile, factor, CHUNK // 4)
             tl.debug_barrier()
 
         wanted = max_fresh
@@ -180,7 +182,7 @@ def _select_tokens_kernel(
             key = tl.load(keys_ptr + token, mask=mask, other=_LOWEST)
             is_above = mask & (key > threshold)
             is_tie = mask & (key == threshold)
-            # two counts in one scan: a block has fewer than 2**15 tokens
+            # two counts in one scan: a chunk has fewer than 2**15 tokens
             both = is_above.to(tl.int32) + (is_tie.to(tl.int32) << 16)
             seen = tl.cumsum(both, axis=0)
             ties = ties_before + (seen >> 16)
@@ -193,10 +195,10 @@ def _select_tokens_kernel(
             total = tl.sum(both, axis=0)
             above_before += total & 0xFFFF
             ties_before += total >> 16
-        for start in range(0, max_fresh, BLOCK):
-            slot = start + tl.arange(0, BLOCK)
+        for start in range(0, max_fresh, CHUNK):
+            slot = start + tl.arange(0, CHUNK)
             is_empty = (slot >= wanted) & (slot < max_fresh)
-            tl.store(step_indices_ptr + slot, tl.full([BLOCK], -1, tl.int32), mask=is_empty)
+            tl.store(step_indices_ptr + slot, tl.full([CHUNK], -1, tl.int32), mask=is_empty)
         # the next step reads the staleness that other threads wrote
         tl.debug_barrier()
 

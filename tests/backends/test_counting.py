@@ -1,0 +1,73 @@
+"""How many kernels an op launches on Triton: fusion that must not come undone."""
+
+import pytest
+import torch
+
+from tokencache_kernels import backends, ops
+from tokencache_kernels.testing import distinct_scores, randn, random_indices
+
+
+@pytest.fixture
+def launches_of(device):
+    """Run a function on the Triton backend and name the kernels that it launched."""
+    reason = backends.unavailable("triton", "row_pass", torch.device(device), torch.float32)
+    if reason is not None:
+        pytest.skip(reason)
+    from tokencache_kernels.backends.triton._counting import count_launches
+
+    def count(function):
+        with count_launches() as launches:
+            function()
+        return launches
+
+    return count
+
+
+def test_a_row_pass_is_one_launch(device, launches_of):
+    x, shift = randn(2, 9, 16, device=device), randn(2, 16, device=device)
+    indices = random_indices(2, 9, 3, device=device, num_empty=1)
+    positions = ops.invert_indices(indices, 9, backend="reference")
+
+    launches = launches_of(
+        lambda: ops.row_pass_(
+            x, [x + 1, x - 1, x * 2], [shift, None, shift], indices, shift, shift,
+            positions=positions, backend="triton",
+        )
+    )  # fmt: skip
+
+    assert launches == ["_row_pass_kernel"]
+
+
+def test_eight_branches_are_one_launch_and_nine_are_two(device, launches_of):
+    x = randn(1, 5, 16, device=device)
+
+    def add(count):
+        return launches_of(
+            lambda: ops.add_branches(x, [x] * count, [None] * count, backend="triton")
+        )
+
+    assert add(8) == ["_add_branches_kernel"]
+    assert add(9) == ["_add_branches_kernel"] * 2
+
+
+def test_a_cycle_of_selections_is_one_launch(device, launches_of):
+    scores = distinct_scores(2, 3, 20, device=device)
+    staleness = torch.zeros(2, 3, 20, dtype=torch.int32, device=device)
+    num_fresh = torch.full((2, 2), 5, dtype=torch.int32, device=device)
+
+    launches = launches_of(
+        lambda: ops.select_cycle_(
+            scores, staleness, num_fresh, 5, grid=(4, 5), bonus=0.4, backend="triton"
+        )
+    )
+
+    assert launches == ["_select_tokens_kernel"]
+
+
+def test_nothing_is_counted_after_the_block(device, launches_of):
+    indices = random_indices(1, 9, 3, device=device)
+
+    launches = launches_of(lambda: ops.invert_indices(indices, 9, backend="triton"))
+    ops.invert_indices(indices, 9, backend="triton")
+
+    assert launches == ["_invert_indices_kernel"]
