@@ -317,10 +317,17 @@ def attention_received(
     query: Tensor, key: Tensor, lse: Tensor | None, softmax_scale: float
 ) -> Tensor:
     """The attention each key receives, averaged over the queries: (B, H, N), sums to 1."""
-    logits = _attention_logits(query, key, None, softmax_scale)
-    if lse is None:
-        return logits.softmax(dim=-1).mean(dim=2)
-    return torch.exp(logits - lse[..., None]).mean(dim=2)
+    out = query.new_empty(query.shape[0], query.shape[2], key.shape[1])
+    if out.numel() == 0:
+        return out
+    received = []
+    # one sample at a time: the maps of a whole batch would not fit into a cache
+    for sample in range(query.shape[0]):
+        one = slice(sample, sample + 1)
+        logits = _attention_logits(query[one], key[one], None, softmax_scale)
+        weights = logits.softmax(dim=-1) if lse is None else torch.exp(logits - lse[one, ..., None])
+        received.append(weights.mean(dim=2))
+    return torch.cat(received)
 
 
 def attention_entropy(
