@@ -185,3 +185,13 @@ def project_qkv_(
         backend,
     )  # fmt: skip
     return query
+
+
+def project_qkv(
+    key_cache: Tensor, value_cache: Tensor, x: Tensor, indices: Tensor, weight: Tensor,
+    bias: Tensor | None = None, **options: object,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Like ``project_qkv_``, but return (query, new keys, new values); the caches keep theirs."""
+    keys, values = key_cache.clone(), value_cache.clone()
+    query = project_qkv_(keys, values, x, indices, weight, bias, **options)  # type: ignore[arg-type]
+    return query, keys, values

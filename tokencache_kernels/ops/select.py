@@ -185,6 +185,15 @@ def select_tokens(
     return indices, positions, updated
 
 
+def select_cycle(
+    scores: Tensor, staleness: Tensor, num_fresh: Tensor, max_fresh: int, **options: object
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Like ``select_cycle_``, but return (indices, positions, new staleness); write nothing."""
+    updated = staleness.clone()
+    indices, positions = select_cycle_(scores, updated, num_fresh, max_fresh, **options)  # type: ignore[arg-type]
+    return indices, positions, updated
+
+
 def invert_indices(indices: Tensor, num_tokens: int, *, backend: str = "auto") -> Tensor:
     """The slot of every token: ``positions[b, indices[b, s]] = s``, and -1 where not selected.
 
