@@ -61,7 +61,7 @@ _WIDE = GemmTile(128, 256, 64, num_warps=8, num_stages=4)
 _SQUARE = GemmTile(128, 128, 64, num_warps=8, num_stages=4)
 _LOW = GemmTile(64, 128, 64, num_warps=4, num_stages=4)
 _SMALL = GemmTile(64, 64, 64, num_warps=4, num_stages=4)
-_FLOAT32 = GemmTile(64, 64, 16, num_warps=8, num_stages=3)
+_FLOAT32 = GemmTile(64, 64, 32, num_warps=8, num_stages=3)
 # the rate at which a tile of that size keeps the cores busy, against the largest (estimates)
 _RATES = {128 * 256: 1.0, 128 * 128: 0.9, 64 * 128: 0.75, 64 * 64: 0.55}
 
@@ -83,13 +83,21 @@ def gemm_tiles(arch: int, itemsize: int) -> list[GemmTile]:
 def gemm_settings(
     device: Device, itemsize: int, out_features: int, in_features: int
 ) -> list[GemmSetting]:
-    """Every setting worth trying: all tiles, whole or split while each part keeps some depth."""
+    """Every setting worth trying: all tiles, whole or split while each part keeps some depth.
+
+    The wide tile stays whole: where tiles are few, a smaller one serves, and adding up the parts of
+    a wide one does not fit in the registers.
+    """
     tiles = gemm_tiles(device.arch, itemsize)
     if in_features % 8 or out_features % 8:
         # rows out of step with 16 bytes are copied element by element, which needs the registers
         tiles = tiles[-1:]
     splits = [split for split in SPLITS if in_features // split >= 256]
-    return [GemmSetting(**vars(tile), split_k=split) for tile in tiles for split in (1, *splits)]
+    return [
+        GemmSetting(**vars(tile), split_k=split_k)
+        for tile in tiles
+        for split_k in ((1, *splits) if tile.block_n < _WIDE.block_n else (1,))
+    ]
 
 
 @lru_cache(maxsize=4096)
