@@ -3,6 +3,9 @@ import torch
 
 from tokencache_kernels.demo.model import build_model, save_weights
 
+for package in ("diffusers", "matplotlib", "mlxtend", "safetensors", "tqdm"):
+    pytest.importorskip(package)
+
 
 @pytest.fixture(scope="session")
 def weights(tmp_path_factory):

@@ -1,4 +1,6 @@
-from hypothesis import settings
+import pytest
+
+settings = pytest.importorskip("hypothesis").settings
 
 # a machine that is busy with something else must not fail a test
 settings.register_profile("policies", deadline=None)
