@@ -50,6 +50,20 @@ def test_eight_branches_are_one_launch_and_nine_are_two(device, launches_of):
     assert add(9) == ["_add_branches_kernel"] * 2
 
 
+def test_a_long_run_of_branches_is_added_before_the_row_pass(device, launches_of):
+    x, shift = randn(1, 5, 16, device=device), randn(1, 16, device=device)
+    indices = random_indices(1, 5, 2, device=device)
+    positions = ops.invert_indices(indices, 5, backend="reference")
+
+    launches = launches_of(
+        lambda: ops.row_pass(
+            x, [x] * 12, [None] * 12, indices, shift, shift, positions=positions, backend="triton"
+        )
+    )
+
+    assert launches == ["_add_branches_kernel", "_row_pass_kernel"]
+
+
 def test_a_cycle_of_selections_is_one_launch(device, launches_of):
     scores = distinct_scores(2, 3, 20, device=device)
     staleness = torch.zeros(2, 3, 20, dtype=torch.int32, device=device)

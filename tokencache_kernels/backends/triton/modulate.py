@@ -14,8 +14,10 @@ from ._device import round_to
 from ._launch import CompileCase, Device, choose, device_of
 from ._tiles import TileSetting, piece_settings, whole_row_settings
 
-# branches that one launch adds; a longer run takes several
+# branches that one launch adds, alone and in a row pass, which has whole rows in registers; a
+# longer run takes several launches
 MAX_BRANCHES = 8
+MAX_PASS_BRANCHES = 4
 
 
 @triton.jit
@@ -226,7 +228,7 @@ def row_pass(
     scale: Tensor,
     eps: float,
 ) -> Tensor:
-    """Launch ``_row_pass_kernel``; branches beyond ``MAX_BRANCHES`` are added before."""
+    """Launch ``_row_pass_kernel``; branches beyond ``MAX_PASS_BRANCHES`` are added before."""
     B, N, D = hidden_states.shape
     S = indices.shape[1]
     if not branches or S == 0:
@@ -236,7 +238,7 @@ def row_pass(
     if packed.numel() == 0:
         return packed
     x = hidden_states
-    num_before = max(len(branches) - MAX_BRANCHES, 0)
+    num_before = max(len(branches) - MAX_PASS_BRANCHES, 0)
     if num_before > 0:
         add_branches(out, x, branches[:num_before], gates[:num_before])
         x = out
@@ -260,13 +262,13 @@ def compile_cases(device: Device) -> Iterator[CompileCase]:
     for dtype in ("bf16", "fp32"):
         for setting in whole_row_settings():
             yield _case(_gather_modulate_kernel, dtype, setting)
-        for kernel, settings in (
-            (_add_branches_kernel, piece_settings()),
-            (_row_pass_kernel, whole_row_settings()),
+        for kernel, settings, most in (
+            (_add_branches_kernel, piece_settings(), MAX_BRANCHES),
+            (_row_pass_kernel, whole_row_settings(), MAX_PASS_BRANCHES),
         ):
             for setting in settings:
                 yield _case(kernel, dtype, setting, num_branches=1, is_gated=False)
-                for num_branches in (1, 2, MAX_BRANCHES):
+                for num_branches in (1, 2, most):
                     yield _case(kernel, dtype, setting, num_branches)
 
 
