@@ -1,10 +1,15 @@
 import argparse
 import ast
+import json
+import re
+import subprocess
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("triton")
+
+import triton
 
 from tokencache_kernels.backends.triton import compile_gate
 from tokencache_kernels.backends.triton.compile_gate import ARCHITECTURES, Code, judge_code
@@ -15,11 +20,13 @@ KERNELS = Path(compile_gate.__file__).parent
 
 @pytest.fixture(scope="module", autouse=True)
 def own_cache(tmp_path_factory):
+    """The folder of what Triton compiles here."""
+    path = tmp_path_factory.mktemp("triton")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
+        patch.setenv("TRITON_CACHE_DIR", str(path))
         # worker processes inherit the path
         patch.syspath_prepend(str(HERE))
-        yield
+        yield path
 
 
 @pytest.fixture(scope="module")
@@ -63,12 +70,14 @@ def test_a_gemm_on_unaligned_rows_fails_for_want_of_asynchronous_copies(reports)
 
 
 def test_a_gemm_without_dot_fails_for_want_of_tensor_cores(reports):
-    assert "a GEMM without HGMMA" in failures(reports, "_outer_sum_kernel", "without tensor cores")
+    assert "a GEMM without wgmma.mma_async" in failures(
+        reports, "_outer_sum_kernel", "without tensor cores"
+    )
 
 
 def test_a_gemm_that_falls_back_to_older_tensor_cores_fails(reports):
     # two warps are less than the warp group that Hopper's instruction wants
-    assert failures(reports, "_matmul_kernel", "two warps") == ("a GEMM without HGMMA",)
+    assert failures(reports, "_matmul_kernel", "two warps") == ("a GEMM without wgmma.mma_async",)
 
 
 def test_an_error_of_the_compiler_is_told_in_one_line(reports):
@@ -100,7 +109,7 @@ def test_a_case_must_fit_its_kernel(reports):
         (Code(tensor_cores=1, async_copies=1, shared=232448), None),
         (Code(tensor_cores=1, async_copies=1, shared=232449), "232449 bytes"),
         (Code(tensor_cores=1, async_copies=1, tensor_memory=1024), "1024 columns"),
-        (Code(async_copies=1), "without UTC"),
+        (Code(async_copies=1), "without tcgen05.mma"),
         (Code(tensor_cores=1), "without asynchronous"),
     ],
 )
@@ -114,17 +123,26 @@ def test_only_a_gemm_needs_tensor_cores():
     assert judge_code(Code(), False, ARCHITECTURES["sm_90"]) == ()
 
 
-def test_instructions_are_counted_wherever_they_stand():
-    sass = """
-        /*0010*/                   HGMMA.64x128x16.F32.BF16 R24, gdesc[UR4], R24 ;  /* 0x01 */
-        /*0020*/              @!P0 LDGSTS.E.BYPASS.128 [R5], [R2.64] ;  /* 0x02 */
-        /*0030*/             @UP1 STL.64 [R1+0x8], R4 ;
-        /*0040*/                   HGMMAX R1 ;
-    """
+# instructions of the machine, by architecture
+TENSOR_CORES = {80: "HMMA", 90: "HGMMA", 100: r"UTC\w*MMA", 120: "HMMA"}
 
-    assert compile_gate.count_instructions("HGMMA", sass) == 1
-    assert compile_gate.count_instructions("LDGSTS|UTMALDG", sass) == 1
-    assert compile_gate.count_instructions("LDL|STL", sass) == 1
+
+def test_the_machine_code_holds_what_was_counted_before_the_assembler(reports, own_cache):
+    counted = {
+        (ARCHITECTURES[report.job.arch].device.arch, code.tensor_cores, code.async_copies)
+        for report in reports.values()
+        if report.job.kernel == "_matmul_kernel" and (code := report.code)
+    }
+
+    assembled = set()
+    for cubin in own_cache.rglob("_matmul_kernel.cubin"):
+        arch = json.loads(cubin.with_suffix(".json").read_text())["target"]["arch"]
+        command = [triton.knobs.nvidia.cuobjdump.path, "-sass", str(cubin)]
+        sass = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        num_tensor_cores = len(re.findall(rf"\b{TENSOR_CORES[arch]}\b", sass))
+        assembled.add((arch, num_tensor_cores, len(re.findall(r"\bLDGSTS\b", sass))))
+
+    assert assembled == counted
 
 
 # the kernels of this package
@@ -158,19 +176,35 @@ def test_every_kernel_of_the_package_compiles_for_hopper(package_jobs):
 # the command
 
 
-def run_command(monkeypatch, capsys, *arguments):
-    monkeypatch.setattr(compile_gate, "find_jobs", lambda _, *rest: FIND(["toy_kernels"], *rest))
+def run_command(capsys, *arguments):
     parser = argparse.ArgumentParser()
     compile_gate.add_arguments(parser)
     status = compile_gate.run(parser.parse_args(arguments))
     return status, capsys.readouterr().out.splitlines()
 
 
-FIND = compile_gate.find_jobs
+@pytest.fixture
+def judged(reports, monkeypatch):
+    """Lets the command find the toy kernels, as they were judged above."""
+
+    def find_jobs(modules, archs, kernel=None):
+        jobs = [report.job for report in reports.values()]
+        return [job for job in jobs if job.arch in archs and (kernel or "") in job.kernel]
+
+    by_job = {report.job: report for report in reports.values()}
+    monkeypatch.setattr(compile_gate, "find_jobs", find_jobs)
+    monkeypatch.setattr(compile_gate, "run_jobs", lambda jobs, _: (by_job[job] for job in jobs))
 
 
-def test_the_report_is_a_table_with_one_line_a_case(monkeypatch, capsys):
-    status, lines = run_command(monkeypatch, capsys, "--arch", "sm_90", "--kernel", "_add_one")
+def test_the_command_compiles_the_kernels_of_the_package(capsys):
+    status, lines = run_command(capsys, "--arch", "sm_120", "--kernel", "_gather_rows", "--check")
+
+    assert status == 0
+    assert re.fullmatch(r"compile gate: \d+ cases, 0 failures, \d+ s", lines[-1])
+
+
+def test_the_report_is_a_table_with_one_line_a_case(judged, capsys):
+    status, lines = run_command(capsys, "--arch", "sm_90", "--kernel", "_add_one")
 
     assert status == 0
     assert lines[0].split()[:4] == ["arch", "kernel", "variant", "setting"]
@@ -180,25 +214,29 @@ def test_the_report_is_a_table_with_one_line_a_case(monkeypatch, capsys):
     assert lines[-1].startswith("compile gate: 3 cases, 2 failures, ")
 
 
-def test_check_prints_the_failures_and_exits_with_1(monkeypatch, capsys):
-    status, lines = run_command(monkeypatch, capsys, "--check", "--kernel", "_mismatched")
+def test_check_prints_the_failures_and_exits_with_1(judged, capsys):
+    status, lines = run_command(capsys, "--check", "--kernel", "_mismatched")
 
     assert status == 1
     assert len(lines) == 2
     assert lines[0].startswith("sm_90 _mismatched_kernel (ill-typed; ): does not compile: ")
 
 
-def test_check_exits_with_0_when_all_is_well(monkeypatch, capsys):
-    status, lines = run_command(
-        monkeypatch, capsys, "--check", "--arch", "sm_100", "--kernel", "_add_one"
-    )
+def test_check_exits_with_0_when_all_is_well(judged, capsys):
+    status, lines = run_command(capsys, "--check", "--arch", "sm_100", "--kernel", "_add_one")
 
     assert status == 0
     assert len(lines) == 1
 
 
-def test_an_unknown_kernel_is_said_to_be_one(monkeypatch, capsys):
-    status, lines = run_command(monkeypatch, capsys, "--kernel", "no such thing")
+def test_all_architectures_are_reported_together(judged, capsys):
+    _, lines = run_command(capsys, "--arch", "all", "--kernel", "_matmul")
+
+    assert {"sm_80", "sm_90", "sm_100", "sm_120"} == {line.split()[0] for line in lines[1:-1]}
+
+
+def test_an_unknown_kernel_is_said_to_be_one(judged, capsys):
+    status, lines = run_command(capsys, "--kernel", "no such thing")
 
     assert status == 2
     assert lines == [

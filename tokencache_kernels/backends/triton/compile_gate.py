@@ -26,6 +26,9 @@ from typing import Any
 from ._launch import CompileCase, Device, describe_setting, modules_with
 
 KIB = 1024
+# the assembler turns each of these PTX instructions into one of the machine, so they are counted
+# before it: disassembling takes as long as compiling. Here those that load shared memory
+ASYNC_COPY = r"cp\.async\.(?:c[ag]|bulk(?:\.tensor\.\dd)?)\.shared"
 # columns of tensor memory that one multiprocessor of sm_100 has
 TENSOR_MEMORY_LIMIT = 512
 
@@ -37,7 +40,7 @@ class Architecture:
     Attributes:
         device: a device of that architecture, whose heuristics and tuned settings are compiled.
         shared_limit: bytes of shared memory that one program may use.
-        tensor_core: the instruction, as a pattern, that does a GEMM at full speed there.
+        tensor_core: the PTX instruction that does a GEMM at full speed there.
     """
 
     device: Device
@@ -48,12 +51,12 @@ class Architecture:
 ARCHITECTURES = {
     f"sm_{device.arch}": Architecture(device, shared_kib * KIB, tensor_core)
     for device, shared_kib, tensor_core in (
-        (Device(80, "NVIDIA A100-SXM4-80GB", 108), 163, r"HMMA"),
-        (Device(86, "NVIDIA A10", 72), 99, r"HMMA"),
-        (Device(89, "NVIDIA L4", 58), 99, r"HMMA"),
-        (Device(90, "NVIDIA H200", 132), 227, r"HGMMA"),
-        (Device(100, "NVIDIA B200", 148), 227, r"UTC\w*MMA"),
-        (Device(120, "NVIDIA GeForce RTX 5090", 170), 99, r"HMMA"),
+        (Device(80, "NVIDIA A100-SXM4-80GB", 108), 163, "mma.sync"),
+        (Device(86, "NVIDIA A10", 72), 99, "mma.sync"),
+        (Device(89, "NVIDIA L4", 58), 99, "mma.sync"),
+        (Device(90, "NVIDIA H200", 132), 227, "wgmma.mma_async"),
+        (Device(100, "NVIDIA B200", 148), 227, "tcgen05.mma"),
+        (Device(120, "NVIDIA GeForce RTX 5090", 170), 99, "mma.sync"),
     )
 }
 
@@ -72,7 +75,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Code:
-    """What the compiler made of a kernel; the last two count instructions, of a GEMM only."""
+    """What the compiler made of a kernel; the spills and the last two count instructions."""
 
     registers: int = 0
     spills: int = 0
@@ -139,7 +142,7 @@ def compile_job(job: Job) -> Report:
     try:
         # when the assembler fails, Triton prints the whole program
         with redirect_stdout(io.StringIO()):
-            code = read_code(compile_case(case, architecture), case.is_gemm, architecture)
+            code = read_code(compile_case(case, architecture), architecture)
     except Exception as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [repr(error)]
         # the assembler's error stands amid other lines, Triton's own at the end
@@ -192,8 +195,8 @@ def _paths(index: int, types: str | tuple[str, ...]) -> list[tuple[int, ...]]:
     return [(index,)] if isinstance(types, str) else [(index, item) for item in range(len(types))]
 
 
-def read_code(compiled: Any, is_gemm: bool, architecture: Architecture) -> Code:
-    """Count in the machine code what :func:`judge_code` asks for."""
+def read_code(compiled: Any, architecture: Architecture) -> Code:
+    """Count what :func:`judge_code` asks for."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
@@ -201,15 +204,16 @@ def read_code(compiled: Any, is_gemm: bool, architecture: Architecture) -> Code:
         registers, stack = (
             int(_find(rf"{name}:(\d+)", usage).group(1)) for name in ("REG", "STACK")
         )
-        # disassembling takes as long as compiling, and most kernels have nothing to show there
-        sass = _cuobjdump("-sass", cubin.name) if is_gemm or stack > 0 else ""
+        # only what lies on the stack can be a spill
+        sass = _cuobjdump("-sass", cubin.name) if stack > 0 else ""
+    ptx = compiled.asm["ptx"]
     return Code(
         registers=registers,
-        spills=count_instructions(r"LDL|STL", sass),
+        spills=len(re.findall(r"\b(?:LDL|STL)\b", sass)),
         shared=compiled.metadata.shared,
         tensor_memory=compiled.metadata.tmem_size,
-        tensor_cores=count_instructions(architecture.tensor_core, sass),
-        async_copies=count_instructions(r"LDGSTS|UTMALDG|UBLKCP", sass),
+        tensor_cores=len(re.findall(rf"\b{re.escape(architecture.tensor_core)}\b", ptx)),
+        async_copies=len(re.findall(ASYNC_COPY, ptx)),
     )
 
 
@@ -224,11 +228,6 @@ def _find(pattern: str, text: str) -> re.Match[str]:
     match = re.search(pattern, text)
     assert match is not None, f"cuobjdump must print {pattern}, got {text!r}"
     return match
-
-
-def count_instructions(instruction: str, sass: str) -> int:
-    """How often the instruction is listed: after its address, and perhaps a predicate."""
-    return len(re.findall(rf"\*/\s+(?:@!?\w+\s+)?(?:{instruction})\b", sass))
 
 
 def judge_code(code: Code, is_gemm: bool, architecture: Architecture) -> tuple[str, ...]:
