@@ -53,8 +53,10 @@ TABLES = {"quality": write_quality_table}
 def fill(text):
     """The text with every table written anew."""
     for name, write in TABLES.items():
-        pattern = rf"(<!-- table: {name} -->\n).*?(\n<!-- end of table -->)"
-        text, count = re.subn(pattern, lambda m, w=write: m[1] + w() + m[2], text, flags=re.DOTALL)
+        pattern = rf"(<!-- table: {name} -->\n).*?(<!-- end of table -->)"
+        text, count = re.subn(
+            pattern, lambda m, w=write: f"{m[1]}{w()}\n{m[2]}", text, flags=re.DOTALL
+        )
         assert count == 1, f"README.md must hold one table called {name}, holds {count}"
     return text
 

@@ -305,6 +305,13 @@ def test_a_model_that_is_not_supported_is_named_with_those_that_are():
         apply_token_cache(torch.nn.Linear(2, 2), toca())
 
 
+def test_a_score_that_the_model_cannot_give_is_refused():
+    with pytest.raises(
+        UnsupportedInputError, match=r"base_score must be one of .*'attention_entropy'"
+    ):
+        apply_token_cache(tiny_dit(), toca(base_score="attention_entropy"))
+
+
 def test_an_attention_processor_that_is_not_known_is_named():
     class MyProcessor:
         def __call__(self, *_):

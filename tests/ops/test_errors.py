@@ -158,3 +158,4 @@ def test_index_values_are_checked_when_asked_for(monkeypatch):
     with pytest.raises(ValueError, match="name each token once, got a repeated token in sample 0"):
         ops.scatter_rows_(x, repeated, randn(1, 2, D))
     ops.gather_rows(x, torch.tensor([[-1, -1]], dtype=torch.int32))
+    ops.gather_rows(x, repeated)

@@ -136,8 +136,8 @@ def write_picture(results: list[Result], path: Path) -> None:
     """One row of digits a method above, error against time below."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 0.6 * len(results) + 4.5), layout="constrained")
-    rows, plot = figure.subplots(2, 1, height_ratios=[0.6 * len(results), 4])
+    figure = Figure(figsize=(11, 0.6 * len(results) + 3.5), layout="constrained")
+    rows, plot = figure.subplots(2, 1, height_ratios=[0.6 * len(results), 3])
 
     strip = torch.cat([torch.cat(list(result.images[:, 0]), dim=1) for result in results])
     rows.imshow(strip.numpy(), cmap="gray_r", vmin=-1, vmax=1)
@@ -154,16 +154,10 @@ def write_picture(results: list[Result], path: Path) -> None:
     dense = results[0].images
     for result in results:
         error = (result.images - dense).square().mean().sqrt().item()
-        plot.plot(result.seconds, error, "o")
-        plot.annotate(
-            result.method.title,
-            (result.seconds, error),
-            xytext=(5, 5),
-            textcoords="offset points",
-        )
-    # room for the names to the right of the points
-    plot.set_xlim(0, 1.25 * max(result.seconds for result in results))
-    plot.margins(y=0.1)
+        plot.plot(result.seconds, error, "o", label=result.method.title)
+    plot.legend()
+    plot.margins(0.1)
+    plot.set_xlim(left=0)
     plot.set_ylim(bottom=0)
     plot.set_xlabel(f"seconds for {len(dense)} digits")
     plot.set_ylabel("RMS difference from dense, of a range of 2")

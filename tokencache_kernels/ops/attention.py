@@ -179,7 +179,7 @@ def project_qkv_(
         return reference.project_qkv_(
             key_cache, value_cache, x, indices, weight, bias, query_norm, key_norm, eps, rotary
         )
-    expect_no_grad(op, key_cache, value_cache, x, weight, bias)
+    expect_no_grad(op, key_cache, value_cache, x, weight, bias, query_norm, key_norm, cosine, sine)
     query: Tensor = _project_qkv_(
         key_cache, value_cache, x, indices, weight, bias, query_norm, key_norm, eps, cosine, sine,
         backend,

@@ -99,7 +99,7 @@ def linear(
         expect("linear", "bias", bias, (weight.shape[0],), "(O,)", like=x)
     expect_activation("linear", activation)
     if indices is not None:
-        expect_indices("linear", indices, x)
+        expect_indices("linear", indices, x, may_repeat=True)
     if backend == "reference":
         return reference.linear(x, weight, bias, activation, indices)
     expect_no_grad("linear", x, weight, bias)

@@ -86,7 +86,9 @@ def mlp_(
     if backend == "reference":
         reference.mlp_(cache, *arguments)
         return cache
-    expect_no_grad("mlp_", cache, hidden_states, shift, scale, fc1_weight, fc2_weight)
+    expect_no_grad(
+        "mlp_", cache, hidden_states, shift, scale, fc1_weight, fc1_bias, fc2_weight, fc2_bias
+    )
     _mlp_(cache, *arguments, backend)
     return cache
 
@@ -119,7 +121,9 @@ def mlp(
         out = cache.clone()
         reference.mlp_(out, *arguments)
         return out
-    expect_no_grad("mlp", cache, hidden_states, shift, scale, fc1_weight, fc2_weight)
+    expect_no_grad(
+        "mlp", cache, hidden_states, shift, scale, fc1_weight, fc1_bias, fc2_weight, fc2_bias
+    )
     result: Tensor = _mlp(cache, *arguments, backend)
     return result
 

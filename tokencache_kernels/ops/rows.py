@@ -47,8 +47,7 @@ def gather_rows(hidden_states: Tensor, indices: Tensor, *, backend: str = "auto"
     Args:
         hidden_states: (B, N, D), float16, bfloat16, float32 or float64; stride 1 along D.
         indices: (B, S) int32 on the same device, S <= N. -1 (and any value outside [0, N)) is an
-        empty slot; values
-            are not read on the host. Repeats are allowed.
+            empty slot; values are not read on the host. Repeats are allowed.
         backend: ``"auto"``, ``"triton"``, ``"native"`` or ``"reference"``.
 
     Returns:
@@ -64,7 +63,7 @@ def gather_rows(hidden_states: Tensor, indices: Tensor, *, backend: str = "auto"
         The selection step of ToCa (arXiv:2410.05317, algorithm 1).
     """
     expect("gather_rows", "hidden_states", hidden_states, (None, None, None), "(B, N, D)")
-    expect_indices("gather_rows", indices, hidden_states)
+    expect_indices("gather_rows", indices, hidden_states, may_repeat=True)
     if backend == "reference":
         return reference.gather_rows(hidden_states, indices)
     expect_no_grad("gather_rows", hidden_states)
@@ -80,7 +79,8 @@ def scatter_rows_(cache: Tensor, indices: Tensor, rows: Tensor, *, backend: str 
     Args:
         cache: (B, N, D), written in place; any float dtype; stride 1 along D.
         indices: (B, S) int32, unique per sample; see ``gather_rows``. With repeats, one of the
-        rows stays. rows: (B, S, D), dtype and device of ``cache``; stride 1 along D.
+            rows stays.
+        rows: (B, S, D), dtype and device of ``cache``; stride 1 along D.
         backend: see ``gather_rows``.
 
     Returns:

@@ -22,6 +22,7 @@ from ...policies import Action, Policy, Site
 
 HOOK_NAME = "tokencache_kernels"
 _ACTIVATIONS = {"none": "gelu", "tanh": "gelu_tanh"}
+_BASE_SCORES = ("attention_received", "none")
 _PROCESSORS = ("AttnProcessor", "AttnProcessor2_0")
 
 
@@ -164,14 +165,19 @@ def attach(transformer: Any, policy: Policy, backend: str) -> None:
     blocks = transformer.transformer_blocks
     for block in blocks:
         _check_block(block)
+    base_score = policy.selector.base_score
+    if base_score not in _BASE_SCORES:
+        raise UnsupportedInputError(
+            f"apply_token_cache: the selector's base_score must be one of "
+            f"{', '.join(_BASE_SCORES)} on a model without cross-attention, got {base_score!r}"
+        )
     contexts = _Contexts(
         _ContextState, (policy, [mlp_site(layer) for layer in range(len(blocks))], backend)
     )
-    needs_attention = policy.selector.base_score == "attention_received"
     for layer, block in enumerate(blocks):
         _register(block, _BlockHook(contexts, layer, layer == len(blocks) - 1, backend))
         _register(block.ff, _FeatureHook(contexts, mlp_site(layer)))
-        if needs_attention:
+        if base_score == "attention_received":
             _register(block.attn1, _AttentionHook(contexts, attention_site(layer), backend))
             _register(block.attn1.to_q, _ProjectionHook(contexts, "query"))
             _register(block.attn1.to_k, _ProjectionHook(contexts, "key"))
