@@ -24,7 +24,15 @@ def define(schema: str, implementation: Callable[..., Any], fake: Callable[..., 
 
 def run(op: str, anchor: Tensor, backend: str) -> Callable[..., Any]:
     """The function that runs ``op`` where ``anchor`` lies; only called inside a registered op."""
-    return backends.resolve(op, anchor.device, anchor.dtype, backend)
+    launch = backends.resolve(op, anchor.device, anchor.dtype, backend)
+    if anchor.device.type != "cuda" or anchor.device.index == torch.cuda.current_device():
+        return launch
+
+    def launch_there(*arguments: Any) -> Any:
+        with torch.cuda.device(anchor.device):
+            return launch(*arguments)
+
+    return launch_there
 
 
 def no_result(*_: Any) -> None:
