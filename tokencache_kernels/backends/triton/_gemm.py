@@ -61,7 +61,7 @@ _WIDE = GemmTile(128, 256, 64, num_warps=8, num_stages=4)
 _SQUARE = GemmTile(128, 128, 64, num_warps=8, num_stages=4)
 _LOW = GemmTile(64, 128, 64, num_warps=4, num_stages=4)
 _SMALL = GemmTile(64, 64, 64, num_warps=4, num_stages=4)
-_FLOAT32 = GemmTile(64, 64, 32, num_warps=8, num_stages=3)
+_FLOAT32 = GemmTile(64, 64, 32, num_warps=4, num_stages=3)
 # the rate at which a tile of that size keeps the cores busy, against the largest (estimates)
 _RATES = {128 * 256: 1.0, 128 * 128: 0.9, 64 * 128: 0.75, 64 * 64: 0.55}
 
