@@ -102,10 +102,10 @@ def describe_cuda() -> str:
 
 def describe_native_library() -> dict[str, str]:
     """Where the native library is, and how it was built."""
-    path = settings.native_library_path() or Path(__file__).parent / "libtokencache_kernels.so"
     reason = native.unavailable(torch.device("cpu"), torch.float32)
     facts = native.build_info() or {}
-    return {"path": str(path), "state": f"not usable: {reason}" if reason else "loaded", **facts}
+    state = f"not usable: {reason}" if reason else "loaded"
+    return {"path": str(native.library_path()), "state": state, **facts}
 
 
 def environment() -> dict[str, str]:

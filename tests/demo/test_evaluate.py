@@ -53,6 +53,8 @@ def test_a_record_says_what_was_measured_and_where(run_evaluate):
 
     assert (dense["policy"], cached["policy"]) == ("dense", "fora-2")
     assert dense["psnr_to_dense"] is None
+    assert dense["backend"] is None
+    assert cached["backend"] in ("triton", "native", "reference")
     assert 0 < cached["psnr_to_dense"] < 100
     assert cached["flops_ratio"] == 2
     assert cached["speedup"] > 0

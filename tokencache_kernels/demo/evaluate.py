@@ -181,7 +181,8 @@ def measure(method: Method, evaluation: Evaluation) -> dict[str, Any]:
         "speedup": dense and round(dense[1] / seconds, 3),
         "flops_ratio": round(method.flops_ratio, 3),
         "weights_sha256": hashlib.sha256(evaluation.weights.read_bytes()).hexdigest(),
-        "backend": info.chosen_backend("mlp_", evaluation.device),
+        # without a policy no op of ours runs
+        "backend": method.policy and info.chosen_backend("mlp_", evaluation.device),
         "load_average": round(os.getloadavg()[0], 2),
         **info.machine_facts(evaluation.device),
         **info.source_facts(),

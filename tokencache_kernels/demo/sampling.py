@@ -48,7 +48,7 @@ def sample(
         on_step: called after each step; a progress bar's ``update``.
 
     Returns:
-        (B, 1, 32, 32) float32 in [-1, 1], on the CPU.
+        (B, 1, 32, 32) float32 on the CPU; a digit lies about in [-1, 1], and is not clipped to it.
     """
     if len(labels) != len(seeds):
         raise ValueError(
