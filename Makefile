@@ -57,11 +57,12 @@ test: lint types compile-check  # everything that needs no GPU
 bench: setup
 	$(PY) -m pytest benchmarks --benchmark-only
 
-# On a machine with a GPU the whole suite runs there. It installs nothing: PY names a Python that has
-# a CUDA build of torch, Triton and pytest (make gpu PY=python3).
+# On a machine with a GPU: the library, the whole suite there, the times. It installs nothing: PY
+# names a Python that has a CUDA build of torch, Triton and pytest (make gpu PY=python3).
 gpu:
-	$(PY) -m pytest
-	$(PY) -m benchmarks.run --all
+	for stage in build test kernels tune; do \
+	  $(PY) -m benchmarks.gpu --stage $$stage --out build/gpu || exit 1; \
+	done
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
