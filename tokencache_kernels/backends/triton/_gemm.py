@@ -73,7 +73,10 @@ def gemm_tiles(arch: int, itemsize: int) -> list[GemmTile]:
     """
     if itemsize == 4:
         return [_FLOAT32]
-    if arch in (90, 100):
+    if arch == 100:
+        # its assembler spills in epilogues of the small tile, however many registers are free
+        return [_WIDE, _SQUARE, _LOW]
+    if arch == 90:
         return [_WIDE, _SQUARE, _LOW, _SMALL]
     if arch == 80:
         return [replace(_WIDE, num_stages=3), _SQUARE, _LOW, _SMALL]
