@@ -22,16 +22,32 @@ def test_the_demo_prints_a_line_a_method_and_writes_the_picture(weights, tmp_pat
     assert min(height, width) > 500
 
 
+def make_result(name, seconds, decibels):
+    method = show.parse_method(name, 50)
+    return show.Result(method, None, seconds, 2 / seconds, method.flops_ratio, decibels, 1.0)
+
+
 def test_a_method_slower_than_dense_is_named(capsys):
-    dense = show.parse_method("dense", 50)
-    slow = show.parse_method("fewer-25", 50)
+    show.print_verdict([make_result("dense", 2.0, 99.0), make_result("fewer-25", 4.0, 20.0)])
+
+    printed = capsys.readouterr().out
+    assert printed.startswith(
+        "dense, 25 steps was slower than dense here: 2.00 times less arithmetic took 2.00 times"
+    )
+    assert "came nearer" not in printed
+
+
+def test_fewer_steps_that_beat_a_policy_are_named(capsys):
     results = [
-        show.Result(method, None, seconds, 1 / seconds, method.flops_ratio, 20.0, 1.0)
-        for method, seconds in ((dense, 1.0), (slow, 2.0))
+        make_result("dense", 2.0, 99.0),
+        make_result("toca-3", 1.5, 20.0),
+        make_result("toca-3-40", 1.5, 40.0),
+        make_result("fora-3", 0.5, 10.0),
+        make_result("fewer-25", 1.0, 30.0),
     ]
 
     show.print_verdict(results)
 
-    assert capsys.readouterr().out.startswith(
-        "dense, 25 steps was slower than dense here: 2.00 times less arithmetic took 2.00 times"
-    )
+    printed = capsys.readouterr().out
+    assert "dense, 25 steps came nearer to dense in less time than ToCa, every 3:" in printed
+    assert "slower" not in printed

@@ -2,6 +2,7 @@
 
 import argparse
 import functools
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,6 +57,9 @@ def run(options: argparse.Namespace) -> int:
         f"cores. Here: {info.describe_device(device)}.\n"
         f"The cached ways run on the {info.chosen_backend('mlp_', device)!r} backend."
     )
+    load = os.getloadavg()[0]
+    if load > (os.cpu_count() or 1) / 2:
+        print(f"Other programs kept it busy in the last minute (load {load:.1f}): mind the times.")
     model = load_model(options.weights).to(device)
     labels = [i % NUM_CLASSES for i in range(options.digits)]
     drawn = [draw(model, method, labels, options.guidance) for method in methods]
@@ -126,6 +130,19 @@ def print_verdict(results: list[Result]) -> None:
             print(
                 f"{result.method.title} was slower than dense here: {result.flops_ratio:.2f} times "
                 f"less arithmetic took {1 / result.speedup:.2f} times as long."
+            )
+    for fewer in results[1:]:
+        beaten = [
+            result.method.title
+            for result in results
+            if result.method.policy is not None
+            and result.seconds > fewer.seconds
+            and result.psnr < fewer.psnr
+        ]
+        if fewer.method.policy is None and beaten:
+            print(
+                f"{fewer.method.title} came nearer to dense in less time than "
+                f"{'; '.join(beaten)}: digits this small forgive long steps."
             )
     print(
         "PSNR tells how near a digit is to the dense one from the same noise, not how good it is."
