@@ -5,8 +5,9 @@ the result is rounded once. Float32 inputs are multiplied as such (PyTorch's def
 ordinary cores instead of the tensor cores: that way is for exactness, not for speed.
 """
 
-from dataclasses import dataclass, replace
-from functools import lru_cache
+import json
+from dataclasses import dataclass
+from functools import cache, lru_cache
 from math import ceil
 
 import torch
@@ -15,7 +16,7 @@ import triton.language as tl
 
 from ._counters import zeroed_counters
 from ._device import INTERPRETED, round_to
-from ._launch import Device
+from ._launch import SHIPPED, Device
 
 # a wider tile is finished in halves: the temporaries of a whole one do not fit in the registers
 MAX_EPILOGUE_COLS = tl.constexpr(128)
@@ -57,30 +58,20 @@ class GemmSetting(GemmTile):
     split_k: int = 1
 
 
-_WIDE = GemmTile(128, 256, 64, num_warps=8, num_stages=4)
-_SQUARE = GemmTile(128, 128, 64, num_warps=8, num_stages=4)
-_LOW = GemmTile(64, 128, 64, num_warps=4, num_stages=4)
-_SMALL = GemmTile(64, 64, 64, num_warps=4, num_stages=4)
-_FLOAT32 = GemmTile(64, 64, 32, num_warps=4, num_stages=3)
 # the rate at which a tile of that size keeps the cores busy, against the largest (estimates)
 _RATES = {128 * 256: 1.0, 128 * 128: 0.9, 64 * 128: 0.75, 64 * 64: 0.55}
 
 
-def gemm_tiles(arch: int, itemsize: int) -> list[GemmTile]:
+@cache
+def gemm_tiles(arch: int, itemsize: int) -> tuple[GemmTile, ...]:
     """The tiles that fit an architecture's shared memory and registers, largest first.
 
-    sm_80 holds one stage less than ``num_stages``, sm_90 all of them; sm_86, 89 and 120 have 99 KB.
+    From the shipped ``settings/gemm_tiles.json``. sm_80 holds one stage less than ``num_stages``,
+    sm_90 all of them; sm_86, 89 and 120, which are the others, have 99 KB.
     """
-    if itemsize == 4:
-        return [_FLOAT32]
-    if arch == 100:
-        # its assembler spills in epilogues of the small tile, however many registers are free
-        return [_WIDE, _SQUARE, _LOW]
-    if arch == 90:
-        return [_WIDE, _SQUARE, _LOW, _SMALL]
-    if arch == 80:
-        return [replace(_WIDE, num_stages=3), _SQUARE, _LOW, _SMALL]
-    return [replace(_SQUARE, num_stages=3), replace(_LOW, num_stages=3), _SMALL]
+    shipped = json.loads((SHIPPED / "gemm_tiles.json").read_text())
+    chosen = shipped["float32"] if itemsize == 4 else shipped.get(f"sm_{arch}", shipped["other"])
+    return tuple(GemmTile(**fields) for fields in chosen)
 
 
 def gemm_settings(
@@ -99,7 +90,7 @@ def gemm_settings(
     return [
         GemmSetting(**vars(tile), split_k=split_k)
         for tile in tiles
-        for split_k in ((1, *splits) if tile.block_n < _WIDE.block_n else (1,))
+        for split_k in ((1, *splits) if tile.block_n <= MAX_EPILOGUE_COLS.value else (1,))
     ]
 
 
