@@ -172,6 +172,7 @@ class CompileCase:
         num_warps: warps per program.
         num_stages: pipeline stages.
         max_registers: the launch's ``maxnreg``; None leaves it to the assembler.
+        fuses_multiply_add: the launch's ``enable_fp_fusion``.
         is_gemm: whether it must use tensor cores and asynchronous copies.
     """
 
@@ -184,6 +185,7 @@ class CompileCase:
     num_warps: int
     num_stages: int = 1
     max_registers: int | None = None
+    fuses_multiply_add: bool = True
     is_gemm: bool = False
 
 

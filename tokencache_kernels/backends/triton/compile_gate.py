@@ -128,7 +128,7 @@ def _cases(module: str, arch: str) -> list[CompileCase]:
 def _identity(case: CompileCase) -> str:
     """Everything that the compiler gets to see."""
     types, values = sorted(case.signature.items()), sorted(case.constexprs.items())
-    options = f"{case.num_warps} {case.num_stages} {case.max_registers}"
+    options = (case.num_warps, case.num_stages, case.max_registers, case.fuses_multiply_add)
     return f"{types} {values} {sorted(case.aligned)} {options}"
 
 
@@ -186,6 +186,7 @@ def compile_case(case: CompileCase, architecture: Architecture) -> Any:
             "num_warps": case.num_warps,
             "num_stages": case.num_stages,
             "maxnreg": case.max_registers,
+            "enable_fp_fusion": case.fuses_multiply_add,
         },
     )
 

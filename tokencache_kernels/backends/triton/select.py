@@ -321,4 +321,5 @@ def compile_cases(device: Device) -> Iterator[CompileCase]:
                     aligned=frozenset((*pointers, *strides)),
                     num_warps=setting.num_warps,
                     max_registers=setting.max_registers,
+                    fuses_multiply_add=False,
                 )
