@@ -9,6 +9,7 @@ import json
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from math import ceil
+from pathlib import Path
 
 import torch
 import triton
@@ -16,10 +17,11 @@ import triton.language as tl
 
 from ._counters import zeroed_counters
 from ._device import INTERPRETED, round_to
-from ._launch import SHIPPED, Device
+from ._launch import Device
 
 # a wider tile is finished in halves: the temporaries of a whole one do not fit in the registers
 MAX_EPILOGUE_COLS = tl.constexpr(128)
+_TILES = Path(__file__).parent / "gemm_tiles.json"
 SPLITS = (2, 3, 4, 6, 8)
 
 
@@ -66,10 +68,10 @@ _RATES = {128 * 256: 1.0, 128 * 128: 0.9, 64 * 128: 0.75, 64 * 64: 0.55}
 def gemm_tiles(arch: int, itemsize: int) -> tuple[GemmTile, ...]:
     """The tiles that fit an architecture's shared memory and registers, largest first.
 
-    From the shipped ``settings/gemm_tiles.json``. sm_80 holds one stage less than ``num_stages``,
+    From the shipped ``gemm_tiles.json``. sm_80 holds one stage less than ``num_stages``,
     sm_90 all of them; sm_86, 89 and 120, which are the others, have 99 KB.
     """
-    shipped = json.loads((SHIPPED / "gemm_tiles.json").read_text())
+    shipped = json.loads(_TILES.read_text())
     chosen = shipped["float32"] if itemsize == 4 else shipped.get(f"sm_{arch}", shipped["other"])
     return tuple(GemmTile(**fields) for fields in chosen)
 
