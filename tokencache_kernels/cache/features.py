@@ -46,10 +46,6 @@ class FeatureCache:
             )
         return buffer
 
-    def num_bytes(self) -> int:
-        """The memory held by all buffers, in bytes."""
-        return sum(buffer.numel() * buffer.element_size() for buffer in self._buffers.values())
-
 
 def _fits(buffer: Tensor, value: Tensor) -> bool:
     return (
