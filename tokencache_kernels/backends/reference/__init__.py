@@ -1,0 +1,48 @@
+"""What every op means, in plain PyTorch: the specification that each fast path is judged by.
+
+Runs on any device and in any floating dtype, and is differentiable. Every function computes in the
+dtype it is given, so that float64 inputs give the exact result and low-precision inputs the
+rounding of eager PyTorch. An index outside [0, N) is an empty slot: it reads zeros and writes
+nothing.
+
+The backends share one contract: functions named like the ops, inputs already checked, in-place
+functions return nothing, and ``out`` may be the input itself.
+"""
+
+import torch
+
+from .attention import attention, project_qkv_
+from .linear import linear, linear_scatter_
+from .mlp import mlp_
+from .modulate import add_branches, gather_modulate, row_pass, sum_branches
+from .rows import gather_rows, scatter_rows_
+from .select import add_tile_bonus, combine_base, invert_indices, select_tokens_
+from .statistics import attention_entropy, attention_received, head_norms, token_change
+
+__all__ = [
+    "add_branches",
+    "add_tile_bonus",
+    "attention",
+    "attention_entropy",
+    "attention_received",
+    "combine_base",
+    "gather_modulate",
+    "gather_rows",
+    "head_norms",
+    "invert_indices",
+    "linear",
+    "linear_scatter_",
+    "mlp_",
+    "project_qkv_",
+    "row_pass",
+    "scatter_rows_",
+    "select_tokens_",
+    "sum_branches",
+    "token_change",
+    "unavailable",
+]
+
+
+def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Plain PyTorch runs everywhere."""
+    return None

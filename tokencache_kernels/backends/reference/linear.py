@@ -1,0 +1,41 @@
+"""Linear layers on packed rows."""
+
+from collections.abc import Callable
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from .rows import gather_rows, scatter_rows_
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda x: x,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "silu": F.silu,
+}
+
+
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, indices: Tensor | None
+) -> Tensor:
+    """activation(rows @ weight.T + bias), where rows = x, or x gathered by ``indices``."""
+    rows = x if indices is None else gather_rows(x, indices)
+    return ACTIVATIONS[activation](F.linear(rows, weight, bias))
+
+
+def linear_scatter_(
+    cache: Tensor,
+    indices: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gate: Tensor | None,
+    residual: bool,
+) -> None:
+    """cache[b, indices[b, s]] = [its old value +] [gate[b] *] (x[b, s] @ weight.T + bias)."""
+    rows = F.linear(x, weight, bias)
+    if gate is not None:
+        rows = gate[:, None] * rows
+    if residual:
+        rows = gather_rows(cache, indices) + rows
+    scatter_rows_(cache, indices, rows)
