@@ -5,10 +5,11 @@ implementation; in-place ops end in ``_`` and return their argument. No op synch
 host.
 """
 
-from .attention import attention, project_qkv, project_qkv_
+from .attention import attention
 from .linear import linear, linear_scatter, linear_scatter_
 from .mlp import mlp, mlp_
 from .modulate import add_branches, add_branches_, gather_modulate, row_pass, row_pass_
+from .project import project_qkv, project_qkv_
 from .rows import gather_rows, scatter_rows, scatter_rows_
 from .select import invert_indices, select_cycle, select_cycle_, select_tokens, select_tokens_
 from .statistics import attention_entropy, attention_received, head_norms, token_change

@@ -11,10 +11,11 @@ functions return nothing, and ``out`` may be the input itself.
 
 import torch
 
-from .attention import attention, project_qkv_
+from .attention import attention
 from .linear import linear, linear_scatter_
 from .mlp import mlp_
 from .modulate import add_branches, gather_modulate, row_pass, sum_branches
+from .project import project_qkv_
 from .rows import gather_rows, scatter_rows_
 from .select import add_tile_bonus, combine_base, invert_indices, select_tokens_
 from .statistics import attention_entropy, attention_received, head_norms, token_change
