@@ -3,7 +3,7 @@
 import torch
 
 from tokencache_kernels import ops
-from tokencache_kernels.blocks import ResidualStream
+from tokencache_kernels.blocks import Modulation, ResidualStream
 from tokencache_kernels.testing import randn, random_indices
 
 B, N, D = 2, 9, 16
@@ -33,7 +33,7 @@ def test_taken_rows_see_what_was_pending_and_the_stream_goes_on(device):
     stream = ResidualStream(x)
 
     stream.add(first, None)
-    packed = stream.take_rows(indices, positions, shift, scale, 1e-6)
+    packed = stream.take_rows(indices, positions, Modulation(shift, scale, 1e-6))
     kept = stream.hidden_states
     stream.add(second, None)
     out = stream.flush()

@@ -1,15 +1,18 @@
 """One transformer block under one decision; no diffusers here."""
 
-from .dit import DiTModulation, partial_dit_block, reuse_dit_block
 from .mlp import Mlp
-from .runner import Runner
-from .stream import ResidualStream
+from .runner import Lane, Runner
+from .stream import Modulation, ResidualStream
+from .sublayers import MlpLayer, SubLayer, WholeLayer, run_sub_layer
 
 __all__ = [
-    "DiTModulation",
+    "Lane",
     "Mlp",
+    "MlpLayer",
+    "Modulation",
     "ResidualStream",
     "Runner",
-    "partial_dit_block",
-    "reuse_dit_block",
+    "SubLayer",
+    "WholeLayer",
+    "run_sub_layer",
 ]

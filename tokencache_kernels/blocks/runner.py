@@ -1,10 +1,35 @@
-"""Asks the policy what each layer does in each step, and makes the step's index lists."""
+"""Asks the policy what every site does in each step, and makes the step's index lists."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from .. import ops
 from ..cache import FeatureCache, TokenState
+from ..errors import CacheMissError, UnsupportedInputError
 from ..policies import Action, Decision, Policy, Site, Step
+
+
+@dataclass(frozen=True)
+class Lane:
+    """One kind of sub-layer, a site for each layer, and the sequence of tokens it works on.
+
+    Attributes:
+        sites: by layer, from 0.
+        num_tokens: N, the length of the sequence.
+        grid: (H, W) with H * W = N where the tokens lie on one, else None.
+        selects_late: whether a layer's scores may still change within the step, so that its tokens
+            are selected when it is reached; otherwise one launch selects for all layers at once.
+        is_whole: whether its sub-layers compute all tokens or none.
+    """
+
+    sites: tuple[Site, ...]
+    num_tokens: int
+    grid: tuple[int, int] | None = None
+    selects_late: bool = False
+    is_whole: bool = False
 
 
 class Runner:
@@ -14,78 +39,175 @@ class Runner:
         features: the cached outputs of all sub-layers.
     """
 
-    def __init__(self, policy: Policy, sites: list[Site], backend: str = "auto") -> None:
+    def __init__(self, policy: Policy, backend: str = "auto") -> None:
         self.features = FeatureCache()
         self._policy = policy
-        self._sites = sites  # the sub-layer that is recomputed in part, for each layer
         self._backend = backend
         self._step_index = 0
 
-    def begin_step(self, hidden_states: Tensor, grid: tuple[int, int]) -> None:
-        """Select the fresh tokens of all layers, in one launch.
+    def begin_step(self, lanes: Sequence[Lane], batch: int, device: torch.device) -> None:
+        """Select the fresh tokens of all layers, in one launch for each lane.
 
         Args:
-            hidden_states: (B, N, D), the input of the first block.
-            grid: (H, W) with H * W = N.
-        """
-        B, N, _ = hidden_states.shape
-        if self._step_index == 0:
-            self._begin_run(B, N, hidden_states.device)
-        if all(decision.action is Action.FULL for decision in self._decisions):
-            return
-        # staleness grows in every layer, also where no token is selected
-        self._indices, self._positions = self._policy.selector.select_(
-            self._tokens.scores, self._tokens.staleness, self._num_fresh[self._step_index],
-            max(decision.num_fresh for decision in self._partial_decisions()),
-            sites=self._sites, step=Step(self._step_index, self._policy.num_inference_steps),
-            grid=grid, backend=self._backend,
-        )  # fmt: skip
+            lanes: the model's sub-layers; the same ones in every step of a run.
+            batch: B.
+            device: where the hidden states are.
 
-    def _begin_run(self, batch: int, num_tokens: int, device: torch.device) -> None:
+        Raises:
+            CacheMissError: the batch or the lanes are not those that the run began with.
+            UnsupportedInputError: the policy wants some tokens of a sub-layer that is whole.
+        """
+        if self._step_index == 0:
+            self._begin_run(lanes, batch, device)
+        elif (tuple(lanes), batch) != self._began_with:
+            began, now = _describe(*self._began_with), _describe(lanes, batch)
+            raise CacheMissError(
+                f"begin_step: step {self._step_index} must have {began} as the run began, got "
+                f"{now}; reset the cache before sampling with another batch or size"
+            )
+        for selection in self._selections:
+            selection.begin_step(self._step_index)
+
+    def _begin_run(self, lanes: Sequence[Lane], batch: int, device: torch.device) -> None:
         """Decide all steps at once, so that no later step waits for a copy to the device."""
+        self._began_with = (tuple(lanes), batch)
         total = self._policy.num_inference_steps
-        self._run = [
-            [self._policy.decide(site, Step(index, total), num_tokens) for site in self._sites]
+        self._run: list[dict[Site, Decision]] = [
+            {
+                site: self._policy.decide(site, Step(index, total), lane.num_tokens)
+                for lane in lanes
+                for site in lane.sites
+            }
             for index in range(total)
         ]
-        counts = [
-            [0 if decision.action is Action.FULL else decision.num_fresh for decision in decisions]
-            for decisions in self._run
-        ]
-        self._num_fresh = torch.tensor(counts, dtype=torch.int32, device=device)
-        self._tokens = TokenState(len(self._sites), batch, num_tokens, device)
+        self._selections = []
+        for lane in lanes:
+            partial = [
+                site
+                for step in self._run
+                for site in lane.sites
+                if step[site].action is Action.PARTIAL
+            ]
+            if not partial:
+                continue
+            if lane.is_whole:
+                raise UnsupportedInputError(
+                    "begin_step: the policy must compute all tokens or none of a sub-layer that "
+                    f"this model does not split, got some of {partial[0]}"
+                )
+            self._selections.append(
+                _LaneSelection(self._policy, lane, self._run, batch, device, self._backend)
+            )
+        self._selection_of = {
+            site: selection for selection in self._selections for site in selection.lane.sites
+        }
 
     @property
-    def _decisions(self) -> list[Decision]:
-        return self._run[self._step_index]
+    def step(self) -> Step:
+        """The step under way."""
+        return Step(self._step_index, self._policy.num_inference_steps)
 
-    def _partial_decisions(self) -> list[Decision]:
-        return [decision for decision in self._decisions if decision.action is not Action.FULL]
+    def action(self, site: Site) -> Action:
+        """What the site does in this step."""
+        return self._run[self._step_index][site].action
 
-    def action(self, layer: int) -> Action:
-        """What the layer does in this step."""
-        return self._decisions[layer].action
+    def is_full(self, sites: Sequence[Site]) -> bool:
+        """Whether all of them compute every token in this step."""
+        return all(self.action(site) is Action.FULL for site in sites)
 
-    def selection(self, layer: int) -> tuple[Tensor, Tensor]:
-        """The layer's indices (B, S), S its own number of fresh tokens, and positions (B, N)."""
-        count = self._decisions[layer].num_fresh
-        return self._indices[layer, :, :count], self._positions[layer]
-
-    def is_remembered(self, layer: int) -> bool:
-        """Whether the layer is computed in full now and reused by the next step."""
+    def is_remembered(self, site: Site) -> bool:
+        """Whether the site is computed in full now and reused by the next step."""
         following = self._run[self._step_index + 1 : self._step_index + 2]
-        return self.action(layer) is Action.FULL and any(
-            decisions[layer].action is not Action.FULL for decisions in following
+        return self.action(site) is Action.FULL and any(
+            step[site].action is not Action.FULL for step in following
         )
 
-    def store_scores(self, layer: int, scores: Tensor) -> None:
-        """Keep the scores (B, N) that a full step gave the layer."""
-        self._tokens.store_scores(layer, scores)
+    def remember(self, site: Site, output: Tensor) -> None:
+        """Store what a full computation of the site gave, if the next step will reuse it."""
+        if self.is_remembered(site):
+            self.features.store(site, output)
+        if site in self._selection_of:
+            self._selection_of[site].mark_fresh(site.layer)
 
-    def finish_full(self, layer: int) -> None:
-        """The layer has computed all its tokens."""
-        self._tokens.mark_fresh(layer)
+    def selection(self, site: Site) -> tuple[Tensor, Tensor]:
+        """The site's indices (B, S), S its own number of fresh tokens, and positions (B, N)."""
+        return self._selection_of[site].select(site.layer, self._step_index)
+
+    def store_scores(self, site: Site, scores: Tensor) -> None:
+        """Keep the scores (B, N) that a full step gave the site, if its tokens are selected."""
+        if site in self._selection_of:
+            self._selection_of[site].tokens.store_scores(site.layer, scores)
+
+    def refresh_scores(self, site: Site, indices: Tensor, scores: Tensor) -> None:
+        """Replace the scores of the tokens at ``indices`` (B, S) by ``scores`` (B, S)."""
+        if site in self._selection_of:
+            kept = self._selection_of[site].tokens.scores[site.layer]
+            ops.scatter_rows_(kept[..., None], indices, scores[..., None], backend=self._backend)
 
     def end_step(self) -> None:
         """Go on to the next step; after the last one a new run begins."""
         self._step_index = (self._step_index + 1) % self._policy.num_inference_steps
+
+
+class _LaneSelection:
+    """The index lists of one lane, whose tokens are selected in some step."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        lane: Lane,
+        run: list[dict[Site, Decision]],
+        batch: int,
+        device: torch.device,
+        backend: str,
+    ) -> None:
+        self.lane = lane
+        self.tokens = TokenState(len(lane.sites), batch, lane.num_tokens, device)
+        self._policy = policy
+        self._backend = backend
+        decisions = [[step[site] for site in lane.sites] for step in run]
+        self._all_full = [all(one.action is Action.FULL for one in step) for step in decisions]
+        # a full layer selects nothing
+        self._counts = [
+            [0 if one.action is Action.FULL else one.num_fresh for one in step]
+            for step in decisions
+        ]
+        self._num_fresh = torch.tensor(self._counts, dtype=torch.int32, device=device)
+
+    def begin_step(self, step_index: int) -> None:
+        """Select for all layers, or leave it to each of them."""
+        if self._all_full[step_index]:
+            return
+        if not self.lane.selects_late:
+            self._indices, self._positions = self._select(step_index, 0, len(self.lane.sites))
+            return
+        # layers that select nothing are not reached again, and their tokens wait all the same
+        is_waiting = self._num_fresh[step_index] == 0
+        self.tokens.staleness.add_(is_waiting[:, None, None])
+
+    def select(self, layer: int, step_index: int) -> tuple[Tensor, Tensor]:
+        """The layer's indices and positions."""
+        if self.lane.selects_late:
+            indices, positions = self._select(step_index, layer, layer + 1)
+            return indices[0], positions[0]
+        count = self._counts[step_index][layer]
+        return self._indices[layer, :, :count], self._positions[layer]
+
+    def _select(self, step_index: int, first: int, last: int) -> tuple[Tensor, Tensor]:
+        """Select for the layers in [first, last); staleness grows also where nothing is taken."""
+        return self._policy.selector.select_(
+            self.tokens.scores[first:last], self.tokens.staleness[first:last],
+            self._num_fresh[step_index, first:last], max(self._counts[step_index][first:last]),
+            sites=self.lane.sites[first:last],
+            step=Step(step_index, self._policy.num_inference_steps),
+            grid=self.lane.grid, backend=self._backend,
+        )  # fmt: skip
+
+    def mark_fresh(self, layer: int) -> None:
+        """The layer has computed all its tokens."""
+        self.tokens.mark_fresh(layer)
+
+
+def _describe(lanes: Sequence[Lane], batch: int) -> str:
+    tokens = ", ".join(str(lane.num_tokens) for lane in lanes)
+    return f"a batch of {batch} with {tokens} tokens"

@@ -1,8 +1,19 @@
 """The residual stream of one step, with the gated branches that have not been added to it yet."""
 
+from typing import NamedTuple
+
+import torch
 from torch import Tensor
 
 from .. import ops
+
+
+class Modulation(NamedTuple):
+    """A layer norm without weights, then ``y * (1 + scale) + shift``; both (B, D)."""
+
+    shift: Tensor
+    scale: Tensor
+    eps: float
 
 
 class ResidualStream:
@@ -30,10 +41,18 @@ class ResidualStream:
         self._branches.append(branch)
         self._gates.append(gate)
 
-    def take_rows(
-        self, indices: Tensor, positions: Tensor, shift: Tensor, scale: Tensor, eps: float
-    ) -> Tensor:
-        """Add what is pending and pack the selected rows, normalised and modulated: one launch."""
+    def take_rows(self, indices: Tensor, positions: Tensor, modulation: Modulation) -> Tensor:
+        """Add what is pending and pack the selected rows, normalised and modulated: one launch.
+
+        Args:
+            indices: (B, S) int32; see ``ops.row_pass``.
+            positions: (B, N) int32, the inverse of ``indices``.
+            modulation: the norm, and the current step's shift and scale.
+
+        Returns:
+            (B, S, D).
+        """
+        shift, scale, eps = modulation
         arguments = (self._branches, self._gates, indices, shift, scale)
         if self._is_ours:
             packed = ops.row_pass_(
@@ -45,6 +64,17 @@ class ResidualStream:
             )
         self._clear()
         return packed
+
+    def modulate(self, modulation: Modulation) -> Tensor:
+        """Like ``take_rows`` of all tokens: (B, N, D)."""
+        B, N, _ = self._hidden_states.shape
+        tokens = torch.arange(N, dtype=torch.int32, device=self._hidden_states.device)
+        tokens = tokens.expand(B, N)
+        return self.take_rows(tokens, tokens, modulation)
+
+    def gather_rows(self, indices: Tensor) -> Tensor:
+        """Add what is pending and pack the selected rows as they are: (B, S, D)."""
+        return ops.gather_rows(self.flush(), indices, backend=self._backend)
 
     def flush(self) -> Tensor:
         """Add what is pending and return the hidden states."""

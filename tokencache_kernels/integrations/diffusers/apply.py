@@ -11,6 +11,7 @@ from torch import nn
 from ...errors import UnsupportedInputError
 from ...policies import Policy
 from . import dit
+from .hooks import HOOK_NAME
 
 # the model classes supported, by name, and what attaches a policy to each
 _SUPPORTED = {"DiTTransformer2DModel": dit}
@@ -54,7 +55,7 @@ def remove_token_cache(transformer: nn.Module) -> None:
     for module in transformer.modules():
         registry = _registry(module)
         if registry is not None:
-            registry.remove_hook(dit.HOOK_NAME, recurse=False)
+            registry.remove_hook(HOOK_NAME, recurse=False)
 
 
 def reset_token_cache(transformer: nn.Module) -> None:
@@ -86,4 +87,4 @@ def _is_applied(transformer: nn.Module) -> bool:
 def _registry(module: nn.Module) -> Any:
     """The module's hook registry, if our hook is in it."""
     registry = getattr(module, "_diffusers_hook", None)
-    return registry if registry is not None and dit.HOOK_NAME in registry.hooks else None
+    return registry if registry is not None and HOOK_NAME in registry.hooks else None
