@@ -26,6 +26,7 @@ _HOMES = {
         "attention",
         "attention_entropy",
         "attention_received",
+        "blend",
         "gather_modulate",
         "gather_rows",
         "head_norms",

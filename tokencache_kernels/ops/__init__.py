@@ -6,6 +6,7 @@ host.
 """
 
 from .attention import attention
+from .blend import blend
 from .linear import linear, linear_scatter, linear_scatter_
 from .mlp import mlp, mlp_
 from .modulate import add_branches, add_branches_, gather_modulate, row_pass, row_pass_
@@ -20,6 +21,7 @@ __all__ = [
     "attention",
     "attention_entropy",
     "attention_received",
+    "blend",
     "gather_modulate",
     "gather_rows",
     "head_norms",

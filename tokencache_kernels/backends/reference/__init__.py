@@ -12,6 +12,7 @@ functions return nothing, and ``out`` may be the input itself.
 import torch
 
 from .attention import attention
+from .blend import blend, blend_backward
 from .linear import linear, linear_scatter_
 from .mlp import mlp_
 from .modulate import add_branches, gather_modulate, row_pass, sum_branches
@@ -26,6 +27,8 @@ __all__ = [
     "attention",
     "attention_entropy",
     "attention_received",
+    "blend",
+    "blend_backward",
     "combine_base",
     "gather_modulate",
     "gather_rows",

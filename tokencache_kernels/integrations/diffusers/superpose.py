@@ -1,0 +1,104 @@
+"""Superpose a transformer's cached and fresh features, to learn which of them a step needs."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from ... import ops
+from ...errors import CacheMissError, UnsupportedInputError
+from ...policies import Site
+
+# the model classes supported, by name
+_SUPPORTED = ("DiTTransformer2DModel",)
+
+
+class Superposition:
+    """Hooks on all sub-layers of a transformer: one forward records, another blends.
+
+    The outputs are those that a cache keeps: after the output projection, before the gate. Outside
+    the two contexts the model is as it was; ``remove`` takes the hooks off.
+
+    Attributes:
+        features: the outputs of the last recording, without a gradient.
+    """
+
+    def __init__(self, transformer: nn.Module, backend: str = "auto") -> None:
+        """Hook a ``DiTTransformer2DModel``; its weights should not require a gradient.
+
+        Raises:
+            UnsupportedInputError: the model is of another class.
+        """
+        self.features: dict[Site, Tensor] = {}
+        self._is_recording = False
+        self._weights: Mapping[Site, Tensor] = {}
+        self._backend = backend
+        self._handles = [
+            module.register_forward_hook(partial(self._finish, site))
+            for site, module in find_sublayers(transformer).items()
+        ]
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Keep the outputs of every sub-layer that runs inside, in place of all kept before."""
+        self.features = {}
+        self._is_recording = True
+        try:
+            yield
+        finally:
+            self._is_recording = False
+
+    @contextmanager
+    def blending(self, weights: Mapping[Site, Tensor]) -> Iterator[None]:
+        """Blend the recorded with the fresh outputs of the sub-layers named.
+
+        ``out = (1 - weight) * recorded + weight * fresh``, with a gradient to the weight and to
+        the fresh output; sub-layers without a weight stay fresh.
+
+        Args:
+            weights: (), (N,) or (B, N) each; see ``ops.blend``.
+
+        Raises:
+            CacheMissError: a sub-layer named was not recorded.
+        """
+        for site in weights:
+            if site not in self.features:
+                raise CacheMissError(f"blending: {site} must be recorded first, got nothing")
+        self._weights = weights
+        try:
+            yield
+        finally:
+            self._weights = {}
+
+    def remove(self) -> None:
+        """Take the hooks off, and forget the features."""
+        for handle in self._handles:
+            handle.remove()
+        self.features = {}
+
+    def _finish(self, site: Site, module: nn.Module, inputs: object, output: Tensor) -> Tensor:
+        if self._is_recording:
+            self.features[site] = output.detach()
+        if site not in self._weights:
+            return output
+        return ops.blend(self.features[site], output, self._weights[site], backend=self._backend)
+
+
+def find_sublayers(transformer: Any) -> dict[Site, nn.Module]:
+    """Find the modules whose outputs are cached, in the order in which they run.
+
+    Raises:
+        UnsupportedInputError: the model is not a ``DiTTransformer2DModel``.
+    """
+    name = type(transformer).__name__
+    if name not in _SUPPORTED:
+        raise UnsupportedInputError(
+            f"Superposition: transformer must be one of {', '.join(_SUPPORTED)}, got {name}"
+        )
+    sublayers: dict[Site, nn.Module] = {}
+    for layer, block in enumerate(transformer.transformer_blocks):
+        sublayers[Site("main", layer, "attn")] = block.attn1
+        sublayers[Site("main", layer, "mlp")] = block.ff
+    return sublayers
