@@ -2,6 +2,14 @@
 
 from .decisions import Action, Decision, Policy, Site, Step, count_fresh
 from .plan import Plan, StepPlan, cache_bytes, make_plan
+from .predictors import (
+    ContentPredictor,
+    Predictor,
+    TablePredictor,
+    load_predictor,
+    rank_scores,
+    save_predictor,
+)
 from .routers import FactorRouter, Router
 from .schedules import AdaptiveSchedule, IntervalSchedule, Schedule
 from .selectors import RandomSelector, ScoreSelector, Selector
@@ -16,18 +24,28 @@ from .shapes import (
     pixart_shape,
 )
 from .toca import ToCaConfig, fora, random_tokens
+from .tokencache import (
+    PercentileSchedule,
+    TokenCacheConfig,
+    TwoPhaseSchedule,
+    choose_blocks,
+    count_fresh_tokens,
+)
 
 __all__ = [
     "SHAPES",
     "Action",
     "AdaptiveSchedule",
+    "ContentPredictor",
     "Decision",
     "FactorRouter",
     "IntervalSchedule",
     "ModelShape",
     "ModuleShape",
+    "PercentileSchedule",
     "Plan",
     "Policy",
+    "Predictor",
     "RandomSelector",
     "Router",
     "Schedule",
@@ -37,14 +55,22 @@ __all__ = [
     "StackShape",
     "Step",
     "StepPlan",
+    "TablePredictor",
     "ToCaConfig",
+    "TokenCacheConfig",
+    "TwoPhaseSchedule",
     "cache_bytes",
+    "choose_blocks",
     "count_fresh",
+    "count_fresh_tokens",
     "dit_shape",
     "flux_shape",
     "fora",
+    "load_predictor",
     "make_plan",
     "opensora_shape",
     "pixart_shape",
     "random_tokens",
+    "rank_scores",
+    "save_predictor",
 ]

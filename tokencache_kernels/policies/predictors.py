@@ -1,0 +1,212 @@
+"""TokenCache's predictors: how much each token of each block matters in a step (its score)."""
+
+import json
+import os
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..ops._checks import fail
+
+# the entry of a file's metadata that makes it ours
+_METADATA = "tokencache_kernels.predictor"
+_MLP_RATIO = 4
+
+
+class Predictor(nn.Module):
+    """Scores every token for every block, once a step, in [0, 1]; 1 is worth computing.
+
+    Attributes:
+        importance: (T, L, N), what calibration found: for each step and block the mean score of a
+            sample's best token, of its second best, and so on. NaN before calibration. It decides
+            *how many* tokens a block computes, as sizes must be known before the sample is.
+    """
+
+    def __init__(self, num_layers: int, num_tokens: int, num_steps: int) -> None:
+        super().__init__()
+        self.num_layers = num_layers
+        self.num_tokens = num_tokens
+        self.num_steps = num_steps
+        self.importance: Tensor
+        self.register_buffer(
+            "importance", torch.full((num_steps, num_layers, num_tokens), torch.nan)
+        )
+
+    def arguments(self) -> dict[str, int]:
+        """What to call the class with to build one of the same shape."""
+        return {name: getattr(self, name) for name in ("num_layers", "num_tokens", "num_steps")}
+
+    def extra_repr(self) -> str:
+        """The sizes."""
+        return ", ".join(f"{name}={value}" for name, value in self.arguments().items())
+
+    @property
+    def flops(self) -> int:
+        """The FLOPs of scoring one sample, a multiply-add being 2."""
+        raise NotImplementedError
+
+    def forward(self, hidden_states: Tensor, conditioning: Tensor, step: int | Tensor) -> Tensor:
+        """Score the tokens.
+
+        Args:
+            hidden_states: (B, N, D), the input of the first block.
+            conditioning: (B, D), the embedding of timestep and class that modulates that block.
+            step: the index of the step, or (B,) int64 for samples at different steps.
+
+        Returns:
+            (L, B, N) float32 in [0, 1].
+        """
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def step_importance(self) -> tuple[float, ...]:
+        """The mean importance of each step, as the percentile schedule wants it."""
+        return tuple(self.importance.double().mean(dim=(1, 2)).tolist())
+
+
+class TablePredictor(Predictor):
+    """One weight for each step, block and position, whatever the sample (TokenCache v1)."""
+
+    def __init__(self, num_layers: int, num_tokens: int, num_steps: int) -> None:
+        super().__init__(num_layers, num_tokens, num_steps)
+        self.logits = nn.Parameter(torch.zeros(num_steps, num_layers, num_tokens))
+
+    @property
+    def flops(self) -> int:
+        """Nothing is computed."""
+        return 0
+
+    def forward(self, hidden_states: Tensor, conditioning: Tensor, step: int | Tensor) -> Tensor:
+        """Look the scores up; see ``Predictor``."""
+        scores = self.logits[step].float().sigmoid()
+        if scores.dim() == 2:
+            return scores[:, None].expand(-1, hidden_states.shape[0], -1)
+        return scores.transpose(0, 1)
+
+
+class ContentPredictor(Predictor):
+    """A light DiT block over the tokens, and one sigmoid score per block (TokenCache v2).
+
+    With ``width`` equal to ``hidden`` the block has the shape of the model's own first block and
+    can start from its weights; a narrower one is cheaper and begins with a projection.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        num_tokens: int,
+        num_steps: int,
+        hidden: int,
+        width: int,
+        num_heads: int,
+    ) -> None:
+        super().__init__(num_layers, num_tokens, num_steps)
+        self.hidden = hidden
+        self.width = width
+        self.num_heads = num_heads
+        is_narrow = width != hidden
+        self.embed = nn.Linear(hidden, width) if is_narrow else nn.Identity()
+        self.condition = nn.Linear(hidden, width) if is_narrow else nn.Identity()
+        self.modulation = nn.Linear(width, 6 * width)
+        self.query = nn.Linear(width, width)
+        self.key = nn.Linear(width, width)
+        self.value = nn.Linear(width, width)
+        self.project = nn.Linear(width, width)
+        self.fc1 = nn.Linear(width, _MLP_RATIO * width)
+        self.fc2 = nn.Linear(_MLP_RATIO * width, width)
+        self.score = nn.Linear(width, num_layers)
+        # every score begins at one half, and the block as the identity unless it is given weights
+        for layer in (self.modulation, self.score):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def arguments(self) -> dict[str, int]:
+        """See ``Predictor``."""
+        own = {name: getattr(self, name) for name in ("hidden", "width", "num_heads")}
+        return {**super().arguments(), **own}
+
+    @property
+    def flops(self) -> int:
+        """The block's and the projections'; see ``Predictor``."""
+        width = self.width
+        per_token = (8 + 4 * _MLP_RATIO) * width * width + 4 * self.num_tokens * width
+        if width != self.hidden:
+            per_token += 2 * self.hidden * width
+        return self.num_tokens * (per_token + 2 * width * self.num_layers)
+
+    def forward(self, hidden_states: Tensor, conditioning: Tensor, step: int | Tensor) -> Tensor:
+        """Run the block; ``step`` speaks through the conditioning. See ``Predictor``."""
+        dtype = self.score.weight.dtype
+        x = self.embed(hidden_states.to(dtype))
+        vectors = self.modulation(F.silu(self.condition(conditioning.to(dtype))))
+        shift1, scale1, gate1, shift2, scale2, gate2 = vectors[:, None].chunk(6, dim=-1)
+        x = x + gate1 * self._attend(_modulate(x, shift1, scale1))
+        hidden = F.gelu(self.fc1(_modulate(x, shift2, scale2)), approximate="tanh")
+        x = x + gate2 * self.fc2(hidden)
+        logits = self.score(F.layer_norm(x, (self.width,), eps=1e-6))
+        return logits.float().sigmoid().permute(2, 0, 1)
+
+    def _attend(self, x: Tensor) -> Tensor:
+        query, key, value = (
+            layer(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for layer in (self.query, self.key, self.value)
+        )
+        mixed = F.scaled_dot_product_attention(query, key, value)
+        return self.project(mixed.transpose(1, 2).flatten(2))
+
+
+def rank_scores(scores: Tensor) -> Tensor:
+    """The mean over the samples of a sample's best score, its second best, ...: (L, N).
+
+    Args:
+        scores: (L, B, N).
+    """
+    return scores.sort(dim=-1, descending=True).values.mean(dim=1)
+
+
+def save_predictor(predictor: Predictor, path: Path) -> None:
+    """Write a predictor as safetensors; a file that is there already is replaced only when whole.
+
+    Args:
+        predictor: a ``TablePredictor`` or a ``ContentPredictor``.
+        path: the file to write.
+    """
+    from safetensors.torch import save_file
+
+    facts = {"kind": type(predictor).__name__, **predictor.arguments()}
+    state = {name: value.contiguous() for name, value in predictor.state_dict().items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    save_file(state, partial, metadata={_METADATA: json.dumps(facts)})
+    os.replace(partial, path)
+
+
+def load_predictor(path: Path) -> Predictor:
+    """Read what ``save_predictor`` wrote; nothing in a file is ever executed.
+
+    Raises:
+        ValueError: the file is cut short, or is no predictor of ours.
+        FileNotFoundError: there is no such file.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            facts = json.loads((file.metadata() or {})[_METADATA])
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        predictor: Predictor = _KINDS[facts.pop("kind")](**facts)
+        predictor.load_state_dict(state)
+    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError):
+        fail("load_predictor", "path", "be a whole file that save_predictor wrote", path)
+    return predictor.eval().requires_grad_(False)
+
+
+_KINDS: dict[str, type[TablePredictor] | type[ContentPredictor]] = {
+    kind.__name__: kind for kind in (TablePredictor, ContentPredictor)
+}
+
+
+def _modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return F.layer_norm(x, (x.shape[-1],), eps=1e-6) * (1 + scale) + shift
