@@ -17,6 +17,7 @@ _HOMES = {
     ".errors": (
         "BackendUnavailableError",
         "CacheMissError",
+        "DivergedError",
         "TokenCacheError",
         "UnsupportedInputError",
     ),
@@ -26,6 +27,7 @@ _HOMES = {
         "attention",
         "attention_entropy",
         "attention_received",
+        "attention_with_entropy",
         "blend",
         "gather_modulate",
         "gather_rows",

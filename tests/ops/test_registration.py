@@ -39,6 +39,7 @@ def inputs(op):
         "mlp_": (cache, x, indices, shift, scale, fc1, None, fc2, bias, "silu", 1e-6),
         "mlp": (cache, x, indices, shift, scale, fc1, None, fc2, bias, "silu", 1e-6),
         "attention": (query, key, key.clone(), None, 0.3),
+        "attention_with_entropy": (query, key, key.clone(), None, 0.3, True),
         "project_qkv_": (
             randn(B, N, H, E), randn(B, N, H, E, seed=1), rows, indices, randn(3 * D, D), None,
             randn(E), None, 1e-6, None, None,
@@ -53,7 +54,7 @@ def inputs(op):
 OPS = [
     "gather_rows", "scatter_rows_", "scatter_rows", "select_tokens_", "invert_indices",
     "add_branches_", "add_branches", "gather_modulate", "row_pass_", "row_pass", "linear",
-    "linear_scatter_", "linear_scatter", "mlp_", "mlp", "attention", "project_qkv_",
+    "linear_scatter_", "linear_scatter", "mlp_", "mlp", "attention", "attention_with_entropy", "project_qkv_",
     "attention_received", "attention_entropy", "head_norms", "token_change",
 ]  # fmt: skip
 

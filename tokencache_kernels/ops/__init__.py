@@ -5,7 +5,7 @@ implementation; in-place ops end in ``_`` and return their argument. No op synch
 host.
 """
 
-from .attention import attention
+from .attention import attention, attention_with_entropy
 from .blend import blend
 from .linear import linear, linear_scatter, linear_scatter_
 from .mlp import mlp, mlp_
@@ -21,6 +21,7 @@ __all__ = [
     "attention",
     "attention_entropy",
     "attention_received",
+    "attention_with_entropy",
     "blend",
     "gather_modulate",
     "gather_rows",

@@ -11,7 +11,7 @@ functions return nothing, and ``out`` may be the input itself.
 
 import torch
 
-from .attention import attention
+from .attention import attention, attention_with_entropy
 from .blend import blend, blend_backward
 from .linear import linear, linear_scatter_
 from .mlp import mlp_
@@ -27,6 +27,7 @@ __all__ = [
     "attention",
     "attention_entropy",
     "attention_received",
+    "attention_with_entropy",
     "blend",
     "blend_backward",
     "combine_base",
