@@ -1,0 +1,138 @@
+"""The runner: what each site does in a step, what is kept, and whose tokens are selected when."""
+
+import pytest
+import torch
+
+from tokencache_kernels.blocks import Lane, Runner
+from tokencache_kernels.errors import CacheMissError, UnsupportedInputError
+from tokencache_kernels.policies import (
+    Action,
+    FactorRouter,
+    IntervalSchedule,
+    ScoreSelector,
+    Site,
+    ToCaConfig,
+)
+from tokencache_kernels.testing import randn
+
+B, N, L, STEPS = 2, 12, 3, 6
+CPU = torch.device("cpu")
+
+
+def lane(module, **options):
+    return Lane(tuple(Site("main", layer, module) for layer in range(L)), N, **options)
+
+
+def toca(ratio=0.25, interval=3, weights=None, **selector):
+    router = FactorRouter(ratio, module_weight=weights or {"attn": 0.0})
+    return ToCaConfig(IntervalSchedule(interval), router, ScoreSelector(**selector), STEPS)
+
+
+def begin(runner, *lanes):
+    runner.begin_step(lanes, B, CPU)
+
+
+def test_each_site_has_its_own_action():
+    runner = Runner(toca(), "reference")
+    actions = []
+    for _ in range(STEPS):
+        begin(runner, lane("attn", is_whole=True), lane("mlp"))
+        actions.append([runner.action(Site("main", 1, name)) for name in ("attn", "mlp")])
+        runner.end_step()
+
+    cached = [Action.REUSE, Action.PARTIAL]
+    assert actions == [[Action.FULL] * 2, cached, cached] * 2
+
+
+def test_only_what_the_next_step_reuses_is_kept():
+    runner = Runner(toca(interval=2), "reference")
+    site = Site("main", 0, "mlp")
+    x = randn(B, N, 4)
+
+    begin(runner, lane("mlp"))
+    runner.remember(site, x)
+    runner.end_step()
+    begin(runner, lane("mlp"))
+
+    torch.testing.assert_close(runner.features.load(site, like=x), x, rtol=0, atol=0)
+    always = Runner(toca(interval=1), "reference")
+    begin(always, lane("mlp"))
+    always.remember(site, x)
+    with pytest.raises(CacheMissError, match="got nothing"):
+        always.features.load(site, like=x)
+
+
+def test_selecting_late_and_selecting_at_once_agree_while_scores_stand_still():
+    lists = {}
+    for late in (False, True):
+        runner = Runner(toca(staleness_weight=0.1), "reference")
+        lists[late] = []
+        for step in range(STEPS):
+            begin(runner, lane("mlp", selects_late=late))
+            for site in lane("mlp").sites:
+                if runner.action(site) is Action.FULL:
+                    runner.store_scores(site, randn(B, N, seed=10 * step + site.layer).abs())
+                    runner.remember(site, randn(B, N, 4))
+                else:
+                    lists[late].append(runner.selection(site))
+            runner.end_step()
+
+    assert len(lists[True]) == 4 * L
+    for one, other in zip(lists[False], lists[True], strict=True):
+        assert torch.equal(one[0], other[0])
+        assert torch.equal(one[1], other[1])
+
+
+def test_tokens_of_a_layer_that_selects_none_wait_all_the_same():
+    """Layer 2 has a ratio of 0: its staleness must grow, for the steps in which it has more."""
+    router = FactorRouter(0.5, num_layers=L, depth_slope=1.0, module_weight={"attn": 0.0})
+    policy = ToCaConfig(IntervalSchedule(3), router, ScoreSelector(staleness_weight=1.0), STEPS)
+    grown = {}
+    for late in (False, True):
+        runner = Runner(policy, "reference")
+        begin(runner, lane("mlp", selects_late=late))
+        for site in lane("mlp").sites:
+            runner.remember(site, randn(B, N, 4))
+        runner.end_step()
+        begin(runner, lane("mlp", selects_late=late))
+        for site in lane("mlp").sites:
+            if runner.action(site) is Action.PARTIAL:
+                runner.selection(site)
+        (selection,) = runner._selections
+        grown[late] = selection.tokens.staleness
+
+    assert torch.equal(grown[False], grown[True])
+    assert (grown[True][2] == 1).all()
+    assert (grown[True][0] == 0).all()
+
+
+def test_refreshed_scores_replace_those_of_the_tokens_named():
+    runner = Runner(toca(ratio=0.25, normalize=False), "reference")
+    site = Site("main", 0, "mlp")
+    begin(runner, lane("mlp", selects_late=True))
+    for one in lane("mlp").sites:
+        runner.store_scores(one, torch.arange(N).flip(0).expand(B, N).float())
+        runner.remember(one, randn(B, N, 4))
+    runner.end_step()
+    begin(runner, lane("mlp", selects_late=True))
+
+    runner.refresh_scores(site, torch.tensor([[9, 11], [10, -1]]).int(), torch.full((B, 2), 50.0))
+    indices, _ = runner.selection(site)
+
+    assert indices.tolist() == [[0, 9, 11], [0, 1, 10]]
+
+
+def test_some_tokens_of_what_is_whole_are_refused():
+    runner = Runner(toca(weights={"attn": 1.0}), "reference")
+
+    with pytest.raises(UnsupportedInputError, match=r"got some of Site\(.*'attn'\)"):
+        begin(runner, lane("attn", is_whole=True))
+
+
+def test_a_run_that_changes_its_batch_is_refused():
+    runner = Runner(toca(), "reference")
+    begin(runner, lane("mlp"))
+    runner.end_step()
+
+    with pytest.raises(CacheMissError, match=r"a batch of 2 with 12 tokens .* got a batch of 3"):
+        runner.begin_step((lane("mlp"),), 3, CPU)
