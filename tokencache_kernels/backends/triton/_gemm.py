@@ -147,17 +147,23 @@ def tile_at(position, num_tiles_m, num_tiles_n, GROUP_M: tl.constexpr):
 
 
 @triton.jit
-def multiply_rows(
-    x_rows, weight_ptr, first_col, k_begin, k_end,
-    stride_w: tl.constexpr, D_IN: tl.constexpr, D_OUT: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """sum_k x_rows[m][k] * weight[first_col + n, k], k_begin <= k < k_end; x_rows: pointers."""
+def weight_rows_at(
+    weight_ptr, first_col, stride_w: tl.constexpr, D_OUT: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """Pointers to the rows of a weight that make BLOCK_N columns of the product."""
     cols = first_col + tl.arange(0, BLOCK_N)
     if D_OUT % BLOCK_N != 0:
         # columns past the end repeat the last one, and are never stored: cheaper than a mask
         cols = tl.minimum(cols, D_OUT - 1)
-    weight_rows = weight_ptr + cols.to(tl.int64) * stride_w
+    return weight_ptr + cols.to(tl.int64) * stride_w
+
+
+@triton.jit
+def multiply_rows(
+    x_rows, weight_rows, k_begin, k_end,
+    D_IN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """sum_k x_rows[m][k] * weight_rows[n][k], k_begin <= k < k_end; rows are pointers."""
     offs_k = tl.arange(0, BLOCK_K)
     total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for k in range(k_begin, k_end, BLOCK_K):
@@ -179,10 +185,9 @@ def multiply_rows(
 
 @triton.jit
 def multiply_part(
-    x_rows, weight_ptr, partials_ptr, counters_ptr, first_col,
+    x_rows, weight_rows, partials_ptr, counters_ptr,
     split_k,
-    stride_w: tl.constexpr, D_IN: tl.constexpr, D_OUT: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    D_IN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Leave a part of the product in memory, and return whether all parts of the tile are there.
 
@@ -193,10 +198,7 @@ def multiply_part(
     steps = tl.cdiv(tl.cdiv(D_IN, BLOCK_K), split_k)
     k_begin = tl.program_id(1) * steps * BLOCK_K
     k_end = tl.minimum(k_begin + steps * BLOCK_K, D_IN)
-    part = multiply_rows(
-        x_rows, weight_ptr, first_col, k_begin, k_end,
-        stride_w, D_IN, D_OUT, BLOCK_M, BLOCK_N, BLOCK_K,
-    )  # fmt: skip
+    part = multiply_rows(x_rows, weight_rows, k_begin, k_end, D_IN, BLOCK_M, BLOCK_N, BLOCK_K)
     place = (tl.program_id(1) * tl.num_programs(0) + tile).to(tl.int64) * BLOCK_M * BLOCK_N
     offsets = tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
     tl.store(partials_ptr + place + offsets, part)

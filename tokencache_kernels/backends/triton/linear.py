@@ -26,6 +26,7 @@ from ._gemm import (
     store_scattered,
     sum_parts,
     tile_at,
+    weight_rows_at,
 )
 from ._launch import INTERPRETER, CompileCase, Device, TuneCase, choose, device_of
 
@@ -58,16 +59,14 @@ def _linear_kernel(
         token = tl.where(is_live, token, 0).to(tl.int64)
         x_rows = x_ptr + (row // S).to(tl.int64) * stride_xb + token * stride_xn
 
+    weight_rows = weight_rows_at(weight_ptr, first_col, stride_w, D_OUT, BLOCK_N)
     if partials_ptr is None:
         is_complete = True
-        total = multiply_rows(
-            x_rows, weight_ptr, first_col, 0, D_IN,
-            stride_w, D_IN, D_OUT, BLOCK_M, BLOCK_N, BLOCK_K,
-        )  # fmt: skip
+        total = multiply_rows(x_rows, weight_rows, 0, D_IN, D_IN, BLOCK_M, BLOCK_N, BLOCK_K)
     else:
         is_complete = multiply_part(
-            x_rows, weight_ptr, partials_ptr, counters_ptr, first_col,
-            split_k, stride_w, D_IN, D_OUT, BLOCK_M, BLOCK_N, BLOCK_K,
+            x_rows, weight_rows, partials_ptr, counters_ptr,
+            split_k, D_IN, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
     if is_complete:
         if partials_ptr is not None:
@@ -121,16 +120,14 @@ def _linear_scatter_kernel(
     first_col = tile_n * BLOCK_N
     x_rows = x_ptr + tl.minimum(rows, M - 1).to(tl.int64) * stride_xn
 
+    weight_rows = weight_rows_at(weight_ptr, first_col, stride_w, D_OUT, BLOCK_N)
     if partials_ptr is None:
         is_complete = True
-        total = multiply_rows(
-            x_rows, weight_ptr, first_col, 0, D_IN,
-            stride_w, D_IN, D_OUT, BLOCK_M, BLOCK_N, BLOCK_K,
-        )  # fmt: skip
+        total = multiply_rows(x_rows, weight_rows, 0, D_IN, D_IN, BLOCK_M, BLOCK_N, BLOCK_K)
     else:
         is_complete = multiply_part(
-            x_rows, weight_ptr, partials_ptr, counters_ptr, first_col,
-            split_k, stride_w, D_IN, D_OUT, BLOCK_M, BLOCK_N, BLOCK_K,
+            x_rows, weight_rows, partials_ptr, counters_ptr,
+            split_k, D_IN, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
     if is_complete:
         if partials_ptr is not None:

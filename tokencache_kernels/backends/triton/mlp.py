@@ -27,6 +27,7 @@ from ._gemm import (
     store_activated,
     store_scattered,
     tile_at,
+    weight_rows_at,
 )
 from ._launch import INTERPRETER, CompileCase, Device, TuneCase, choose, device_of
 from .linear import linear, linear_scatter_
@@ -117,8 +118,8 @@ def _mlp_kernel(
         _wait_until(rows_counters + tile_m, tl.cdiv(tl.minimum(BLOCK_M, M - first_row), ROWS))
         total = multiply_rows(
             rows_ptr + tl.minimum(rows, M - 1).to(tl.int64) * D,
-            fc1_weight_ptr, tile_n * BLOCK_N, 0, D,
-            stride_w1, D, D_HIDDEN, BLOCK_M, BLOCK_N, BLOCK_K,
+            weight_rows_at(fc1_weight_ptr, tile_n * BLOCK_N, stride_w1, D_HIDDEN, BLOCK_N),
+            0, D, D, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
         store_activated(
             total, fc1_bias_ptr, hidden_ptr, rows, tile_n * BLOCK_N, M, D_HIDDEN, ACTIVATION
@@ -133,8 +134,8 @@ def _mlp_kernel(
         _wait_until(hidden_counters + tile_m, num_hidden_tiles_n)
         total = multiply_rows(
             hidden_ptr + tl.minimum(rows, M - 1).to(tl.int64) * D_HIDDEN,
-            fc2_weight_ptr, tile_n * BLOCK_N, 0, D_HIDDEN,
-            stride_w2, D_HIDDEN, D, BLOCK_M, BLOCK_N, BLOCK_K,
+            weight_rows_at(fc2_weight_ptr, tile_n * BLOCK_N, stride_w2, D, BLOCK_N),
+            0, D_HIDDEN, D_HIDDEN, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
         store_scattered(
             total, fc2_bias_ptr, None, indices_ptr, cache_ptr, rows, tile_n * BLOCK_N,
