@@ -15,3 +15,7 @@ class UnsupportedInputError(TokenCacheError, NotImplementedError):
 
 class CacheMissError(TokenCacheError, LookupError):
     """A cached feature was asked for before a full step had stored it."""
+
+
+class DivergedError(TokenCacheError, ArithmeticError):
+    """A training step gave a loss or a gradient that is not finite; nothing was saved of it."""
