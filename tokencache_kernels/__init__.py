@@ -22,6 +22,7 @@ _HOMES = {
         "UnsupportedInputError",
     ),
     ".ops": (
+        "QkNorm",
         "add_branches",
         "add_branches_",
         "attention",

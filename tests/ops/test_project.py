@@ -34,7 +34,7 @@ def test_projection_stores_keys_and_values_in_their_rows(backend):
 
     packed = ops.gather_rows(x, indices)
     query, new_keys, new_values = ops.project_qkv(
-        keys, values, packed, indices, weight, bias, query_norm=gain_q, key_norm=gain_k,
+        keys, values, packed, indices, weight, bias, norm=ops.QkNorm(gain_q, gain_k),
         rotary=(angle.cos(), angle.sin()), backend=backend,
     )  # fmt: skip
 

@@ -41,8 +41,9 @@ def inputs(op):
         "attention": (query, key, key.clone(), None, 0.3),
         "attention_with_entropy": (query, key, key.clone(), None, 0.3, True),
         "project_qkv_": (
-            randn(B, N, H, E), randn(B, N, H, E, seed=1), rows, indices, randn(3 * D, D), None,
-            randn(E), None, 1e-6, None, None,
+            randn(B, N, H, E), randn(B, N, H, E, seed=1), rows, indices,
+            [randn(D, D), randn(D, D, seed=1), randn(D, D, seed=2)], [],
+            [randn(E), randn(E, seed=1)], "rms", 1e-6, [randn(N, E), randn(N, E)], False,
         ),
         "attention_received": (query, key, None, 0.3),
         "attention_entropy": (query, key, None, 0.3),

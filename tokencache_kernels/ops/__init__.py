@@ -5,6 +5,7 @@ implementation; in-place ops end in ``_`` and return their argument. No op synch
 host.
 """
 
+from ..backends.reference import QkNorm
 from .attention import attention, attention_with_entropy
 from .blend import blend
 from .linear import linear, linear_scatter, linear_scatter_
@@ -16,6 +17,7 @@ from .select import invert_indices, select_cycle, select_cycle_, select_tokens, 
 from .statistics import attention_entropy, attention_received, head_norms, token_change
 
 __all__ = [
+    "QkNorm",
     "add_branches",
     "add_branches_",
     "attention",

@@ -16,12 +16,13 @@ from .blend import blend, blend_backward
 from .linear import linear, linear_scatter_
 from .mlp import mlp_
 from .modulate import add_branches, gather_modulate, row_pass, sum_branches
-from .project import project_qkv_
+from .project import QkNorm, place_qkv_, project_qkv_
 from .rows import gather_rows, scatter_rows_
 from .select import add_tile_bonus, combine_base, invert_indices, select_tokens_
 from .statistics import attention_entropy, attention_received, head_norms, token_change
 
 __all__ = [
+    "QkNorm",
     "add_branches",
     "add_tile_bonus",
     "attention",
@@ -38,6 +39,7 @@ __all__ = [
     "linear",
     "linear_scatter_",
     "mlp_",
+    "place_qkv_",
     "project_qkv_",
     "row_pass",
     "scatter_rows_",

@@ -1,47 +1,104 @@
-"""The projection to query, key and value, which refreshes cached keys and values."""
+"""The projection of rows to queries, keys and values, which refreshes cached keys and values."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .rows import scatter_rows_, split_empty
+from .rows import gather_rows, scatter_rows_, split_empty
+
+
+class QkNorm(NamedTuple):
+    """How a model normalises each head of its queries and keys, between projection and rotation.
+
+    Attributes:
+        query_weight: (E,).
+        key_weight: (E,).
+        query_bias: (E,), or None; both biases or neither.
+        key_bias: (E,), likewise.
+        kind: ``"rms"`` or ``"layer"``.
+        eps: added to the mean square, or to the variance.
+    """
+
+    query_weight: Tensor
+    key_weight: Tensor
+    query_bias: Tensor | None = None
+    key_bias: Tensor | None = None
+    kind: str = "rms"
+    eps: float = 1e-6
 
 
 def project_qkv_(
     key_cache: Tensor,
     value_cache: Tensor,
     x: Tensor,
-    indices: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    query_norm: Tensor | None,
-    key_norm: Tensor | None,
-    eps: float,
+    indices: Tensor | None,
+    weight: Sequence[Tensor],
+    bias: Sequence[Tensor] | None,
+    norm: QkNorm | None,
     rotary: tuple[Tensor, Tensor] | None,
+    all_keys: bool,
 ) -> Tensor:
-    """Project packed rows to query, key and value; key and value rows go to their place in the
-    caches.
+    """Project rows to query, key and value; key and value rows go to their place in the caches.
 
-    x (B, S, D); weight (3 * H * E, D), rows ordered query, key, value; caches (B, N, H, E);
-    query_norm and key_norm (E,) are the weights of an RMS norm over each head; rotary: cosine and
-    sine, (N, E) each, pairs interleaved, applied at each token's own position. Returns the packed
-    query (B, S, H, E).
+    caches (B, N, H, E); indices (B, S), or None for every token; weight and bias: query's, key's
+    and value's, (H * E, K) and (H * E,). x (B, S, K) holds the rows of those tokens; with
+    ``all_keys`` x (B, N, K) holds every token's, for which keys and values are made. Returns the
+    packed query (B, S, H, E).
     """
-    _, N, H, E = key_cache.shape
-    query, key, value = F.linear(x, weight, bias).unflatten(-1, (3, H, E)).unbind(2)
-    if query_norm is not None:
-        query = F.rms_norm(query, (E,), query_norm, eps)
-    if key_norm is not None:
-        key = F.rms_norm(key, (E,), key_norm, eps)
+    query_rows = gather_rows(x, indices) if all_keys and indices is not None else x
+    query, key, value = (
+        F.linear(rows, w, b)
+        for rows, w, b in zip((query_rows, x, x), weight, bias or (None,) * 3, strict=True)
+    )
+    return place_qkv_(key_cache, value_cache, query, key, value, indices, norm, rotary, all_keys)
+
+
+def place_qkv_(
+    key_cache: Tensor,
+    value_cache: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    indices: Tensor | None,
+    norm: QkNorm | None,
+    rotary: tuple[Tensor, Tensor] | None,
+    all_keys: bool,
+) -> Tensor:
+    """What ``project_qkv_`` does once it has projected: normalise, rotate, store.
+
+    query (B, S, H * E); key and value the same, with ``all_keys`` (B, N, H * E).
+    """
+    B, N, H, E = key_cache.shape
+    every = torch.arange(N, dtype=torch.int32, device=key.device).expand(B, N)
+    query_tokens = every if indices is None else indices
+    key_tokens = every if all_keys else query_tokens
+    query, key = query.unflatten(-1, (H, E)), key.unflatten(-1, (H, E))
+    if norm is not None:
+        query = _normalise(query, norm.query_weight, norm.query_bias, norm.kind, norm.eps)
+        key = _normalise(key, norm.key_weight, norm.key_bias, norm.kind, norm.eps)
     if rotary is not None:
-        safe, _ = split_empty(indices, N)
-        cosine, sine = (table[safe][:, :, None] for table in rotary)
-        query, key = _rotate(query, cosine, sine), _rotate(key, cosine, sine)
-    scatter_rows_(key_cache.flatten(2), indices, key.flatten(2))
-    scatter_rows_(value_cache.flatten(2), indices, value.flatten(2))
+        query = _rotate(query, query_tokens, *rotary)
+        key = _rotate(key, key_tokens, *rotary)
+    scatter_rows_(key_cache.flatten(2), key_tokens, key.flatten(2))
+    scatter_rows_(value_cache.flatten(2), key_tokens, value)
     return query.contiguous()
 
 
-def _rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+def _normalise(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str, eps: float) -> Tensor:
+    if kind == "layer":
+        return F.layer_norm(x, weight.shape, weight, bias, eps)
+    normed = F.rms_norm(x, weight.shape, weight, eps)
+    return normed if bias is None else normed + bias
+
+
+def _rotate(x: Tensor, tokens: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """Pairs (x[2i], x[2i + 1]) turned by the angle of the token; tables (N, E) or (B, N, E)."""
+    safe, _ = split_empty(tokens, cosine.shape[-2])
+    batch = torch.arange(len(safe), device=safe.device)[:, None]
+    cosine, sine = (t.expand(len(safe), -1, -1)[batch, safe][:, :, None] for t in (cosine, sine))
     even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
-    return x * cosine + torch.stack((-odd, even), dim=-1).flatten(-2) * sine
+    turned = torch.stack((-odd, even), dim=-1).flatten(-2)
+    return (x * cosine + turned * sine).to(x.dtype)
