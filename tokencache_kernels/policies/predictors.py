@@ -1,7 +1,6 @@
 """TokenCache's predictors: how much each token of each block matters in a step (its score)."""
 
 import json
-import os
 from pathlib import Path
 
 import torch
@@ -9,9 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops._checks import fail
+from .training import load_safetensors, replace_file
 
-# the entry of a file's metadata that makes it ours
-_METADATA = "tokencache_kernels.predictor"
+FORMAT = "tokencache_kernels predictor 1"
 _MLP_RATIO = 4
 
 
@@ -167,39 +166,29 @@ def rank_scores(scores: Tensor) -> Tensor:
 
 
 def save_predictor(predictor: Predictor, path: Path) -> None:
-    """Write a predictor as safetensors; a file that is there already is replaced only when whole.
+    """Write a table or content predictor as safetensors; the file is there as a whole or not."""
+    from safetensors.torch import save
 
-    Args:
-        predictor: a ``TablePredictor`` or a ``ContentPredictor``.
-        path: the file to write.
-    """
-    from safetensors.torch import save_file
-
-    facts = {"kind": type(predictor).__name__, **predictor.arguments()}
-    state = {name: value.contiguous() for name, value in predictor.state_dict().items()}
+    facts = json.dumps({"kind": type(predictor).__name__, **predictor.arguments()})
+    state = {name: value.cpu().contiguous() for name, value in predictor.state_dict().items()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    save_file(state, partial, metadata={_METADATA: json.dumps(facts)})
-    os.replace(partial, path)
+    replace_file(path, save(state, {"format": FORMAT, "facts": facts}))
 
 
 def load_predictor(path: Path) -> Predictor:
     """Read what ``save_predictor`` wrote; nothing in a file is ever executed.
 
     Raises:
-        ValueError: the file is cut short, or is no predictor of ours.
+        ValueError: the file is truncated, or is no predictor of ours.
         FileNotFoundError: there is no such file.
     """
-    from safetensors import SafetensorError, safe_open
-
+    state, metadata = load_safetensors(path, "load_predictor", "path", FORMAT)
     try:
-        with safe_open(path, framework="pt") as file:
-            facts = json.loads((file.metadata() or {})[_METADATA])
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        facts = json.loads(metadata["facts"])
         predictor: Predictor = _KINDS[facts.pop("kind")](**facts)
         predictor.load_state_dict(state)
-    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError):
-        fail("load_predictor", "path", "be a whole file that save_predictor wrote", path)
+    except (KeyError, TypeError, ValueError, RuntimeError):
+        fail("load_predictor", "path", "hold the predictor that its metadata describes", path)
     return predictor.eval().requires_grad_(False)
 
 

@@ -88,7 +88,7 @@ class PercentileSchedule:
 def _percentile_steps(schedule: PercentileSchedule) -> frozenset[int]:
     # exact sums: a rounded one would move a percentile that falls on the edge of a step
     values = [Fraction(value) for value in schedule.importance]
-    spacing = sum(values) / schedule.num_full
+    spacing = sum(values, Fraction(0)) / schedule.num_full
     full, passed, before = set(), -1, Fraction(0)
     for index, value in enumerate(values):
         before += value
