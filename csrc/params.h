@@ -30,4 +30,62 @@ struct ScatterRowsParams {
   int64_t element_size;  // in bytes
 };
 
+enum class Type { kFloat64, kFloat32, kFloat16, kBfloat16 };
+
+// One gated summand of a row pass.
+struct BranchParams {
+  const void* branch;  // [B, N, D], unit stride along D
+  const void* gate;    // [B, D], unit stride along D, or null for 1
+
+  int64_t stride_branch_b, stride_branch_n;
+  int64_t stride_gate_b;
+};
+
+struct AddBranchesParams {
+  int64_t B, N, D;
+  Type type;
+
+  const void* x;  // [B, N, D], unit stride along D
+  const BranchParams* branches;
+  int64_t num_branches;
+  void* out;  // [B, N, D], unit stride along D; may be x itself
+
+  int64_t stride_x_b, stride_x_n;
+  int64_t stride_out_b, stride_out_n;
+};
+
+struct ModulateParams {
+  int64_t B, N, S, D;
+  Type type;
+  double eps;
+
+  const void* x;           // [B, N, D], unit stride along D
+  const int32_t* indices;  // [B, S], unit stride along S; outside [0, N): an empty slot
+  const void* shift;       // [B, D], unit stride along D
+  const void* scale;       // [B, D], unit stride along D
+  void* packed;            // [B, S, D], contiguous
+
+  int64_t stride_x_b, stride_x_n;
+  int64_t stride_indices_b;
+  int64_t stride_shift_b, stride_scale_b;
+};
+
+struct SelectParams {
+  int64_t L, B, N, P;  // layers, samples, tokens, steps
+  int64_t max_fresh;
+  float staleness_weight;
+  bool normalize;
+  int64_t grid_height, grid_width;  // 0: no spatial bonus
+  int64_t tile;
+  float bonus;
+
+  const float* scores;       // [L, B, N], contiguous
+  const int32_t* num_fresh;  // [P, L], contiguous, or null for max_fresh everywhere
+  int32_t* staleness;        // [L, B, N], unit stride along N, updated
+  int32_t* indices;          // [P, L, B, max_fresh], contiguous
+  int32_t* positions;        // [P, L, B, N], contiguous
+
+  int64_t stride_staleness_l, stride_staleness_b;
+};
+
 }  // namespace tokencache

@@ -4,21 +4,15 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <algorithm>
 #include <cstdint>
 
-#include "params.h"
+#include "api/describe.h"
 
 // The inputs were checked by tokencache_kernels.ops; nothing below it checks again.
 namespace tokencache {
 namespace {
 
 using torch::stable::Tensor;
-
-// The least number of rows that is worth a thread of its own: 64 KiB of copying.
-int64_t rows_per_thread(int64_t bytes_per_row) {
-  return std::max<int64_t>(1, (int64_t{64} << 10) / std::max<int64_t>(1, bytes_per_row));
-}
 
 Tensor gather_rows(const Tensor& hidden_states, const Tensor& indices) {
   const int64_t B = hidden_states.size(0), S = indices.size(1), D = hidden_states.size(2);

@@ -14,7 +14,7 @@ _OPS = torch.ops.tokencache_kernels_native
 
 
 def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
-    """The library must be there, and it works on the CPU; any dtype will do for a copy."""
+    """The library must be there, and it works on the CPU."""
     if device.type == "cuda":
         return "it has no CUDA half yet"
     if device.type != "cpu":
@@ -68,3 +68,65 @@ def gather_rows(hidden_states: Tensor, indices: Tensor) -> Tensor:
 def scatter_rows_(cache: Tensor, indices: Tensor, rows: Tensor) -> None:
     """cache[b, indices[b, s]] = rows[b, s]; an empty slot writes nothing."""
     _OPS.scatter_rows_(cache, indices, rows)
+
+
+# modulate
+
+
+def add_branches(
+    out: Tensor, hidden_states: Tensor, branches: list[Tensor], gates: list[Tensor | None]
+) -> None:
+    """out = hidden_states + sum_j gates[j] * branches[j]."""
+    _OPS.add_branches(out, hidden_states, branches, gates)
+
+
+def gather_modulate(
+    hidden_states: Tensor, indices: Tensor, shift: Tensor, scale: Tensor, eps: float
+) -> Tensor:
+    """out[b, s] = layer_norm(hidden_states[b, indices[b, s]]) * (1 + scale[b]) + shift[b]."""
+    packed: Tensor = _OPS.gather_modulate(hidden_states, indices, shift, scale, eps)
+    return packed
+
+
+def row_pass(
+    out: Tensor,
+    hidden_states: Tensor,
+    branches: list[Tensor],
+    gates: list[Tensor | None],
+    indices: Tensor,
+    positions: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    eps: float,
+) -> Tensor:
+    """``add_branches`` over all rows, then ``gather_modulate`` of the selected ones."""
+    add_branches(out, hidden_states, branches, gates)
+    return gather_modulate(out, indices, shift, scale, eps)
+
+
+# select
+
+
+def select_tokens_(
+    scores: Tensor,
+    staleness: Tensor,
+    num_fresh: Tensor | None,
+    max_fresh: int,
+    staleness_weight: float,
+    normalize: bool,
+    grid: tuple[int, int] | None,
+    tile: int,
+    bonus: float,
+) -> tuple[Tensor, Tensor]:
+    """Combine the scores, take the top tokens, update the staleness, for each step in turn."""
+    L, B, N = scores.shape
+    P = 1 if num_fresh is None else num_fresh.shape[0]
+    indices = staleness.new_empty(P, L, B, max_fresh)
+    positions = staleness.new_empty(P, L, B, N)
+    if num_fresh is not None:
+        num_fresh = num_fresh.contiguous()
+    _OPS.select_tokens_(
+        scores.float().contiguous(), staleness, num_fresh, max_fresh, staleness_weight, normalize,
+        *(grid or (0, 0)), tile, bonus, indices, positions,
+    )  # fmt: skip
+    return indices, positions

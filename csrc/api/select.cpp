@@ -1,0 +1,57 @@
+#include "cpu/select.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <optional>
+
+// The inputs were checked by tokencache_kernels.ops; nothing below it checks again.
+namespace tokencache {
+namespace {
+
+using torch::stable::Tensor;
+
+void select_tokens_(const Tensor& scores, Tensor staleness, std::optional<Tensor> num_fresh,
+                    int64_t max_fresh, double staleness_weight, bool normalize, int64_t grid_height,
+                    int64_t grid_width, int64_t tile, double bonus, Tensor indices,
+                    Tensor positions) {
+  const SelectParams params{
+      .L = scores.size(0),
+      .B = scores.size(1),
+      .N = scores.size(2),
+      .P = indices.size(0),
+      .max_fresh = max_fresh,
+      .staleness_weight = static_cast<float>(staleness_weight),
+      .normalize = normalize,
+      .grid_height = grid_height,
+      .grid_width = grid_width,
+      .tile = tile,
+      .bonus = static_cast<float>(bonus),
+      .scores = scores.const_data_ptr<float>(),
+      .num_fresh = num_fresh ? num_fresh->const_data_ptr<int32_t>() : nullptr,
+      .staleness = staleness.mutable_data_ptr<int32_t>(),
+      .indices = indices.mutable_data_ptr<int32_t>(),
+      .positions = positions.mutable_data_ptr<int32_t>(),
+      .stride_staleness_l = staleness.stride(0),
+      .stride_staleness_b = staleness.stride(1),
+  };
+  torch::stable::parallel_for(0, params.L * params.B, 1, [&](int64_t begin, int64_t end) {
+    select_tokens_cpu(params, begin, end);
+  });
+}
+
+}  // namespace
+}  // namespace tokencache
+
+STABLE_TORCH_LIBRARY_FRAGMENT(tokencache_kernels_native, m) {
+  m.def(
+      "select_tokens_(Tensor scores, Tensor(a!) staleness, Tensor? num_fresh, int max_fresh,"
+      " float staleness_weight, bool normalize, int grid_height, int grid_width, int tile,"
+      " float bonus, Tensor(b!) indices, Tensor(c!) positions) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(tokencache_kernels_native, CPU, m) {
+  m.impl("select_tokens_", TORCH_BOX(&tokencache::select_tokens_));
+}

@@ -1,0 +1,109 @@
+// Compiled once for every instruction set; TOKENCACHE_ISA names this one.
+#include <cstdlib>
+
+#include "cpu/number.h"
+#include "cpu/vector.h"
+
+namespace tokencache::TOKENCACHE_ISA {
+namespace {
+
+// One row each of what is summed, of what is added, and of a factor.
+template <class W>
+class Scratch {
+ public:
+  explicit Scratch(int64_t width)
+      : width_(width), rows_(static_cast<W*>(std::malloc(3 * width * sizeof(W)))) {}
+  ~Scratch() { std::free(rows_); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  W* sum() { return rows_; }
+  W* term() { return rows_ + width_; }
+  W* factor() { return rows_ + 2 * width_; }
+
+ private:
+  int64_t width_;
+  W* rows_;
+};
+
+template <class T>
+const T* row_of(const void* base, int64_t offset) {
+  return static_cast<const T*>(base) + offset;
+}
+
+template <class T>
+void add_branches(const AddBranchesParams& p, int64_t begin, int64_t end) {
+  Scratch<Work<T>> scratch(p.D);
+  auto* __restrict__ sum = scratch.sum();
+  auto* __restrict__ term = scratch.term();
+  auto* __restrict__ factor = scratch.factor();
+  for (int64_t row = begin; row < end; ++row) {
+    const int64_t b = row / p.N, n = row % p.N;
+    widen_row(row_of<T>(p.x, b * p.stride_x_b + n * p.stride_x_n), sum, p.D);
+    for (int64_t j = 0; j < p.num_branches; ++j) {
+      const BranchParams& one = p.branches[j];
+      const int64_t offset = b * one.stride_branch_b + n * one.stride_branch_n;
+      widen_row(row_of<T>(one.branch, offset), term, p.D);
+      if (one.gate == nullptr) {
+        for (int64_t d = 0; d < p.D; ++d) sum[d] += term[d];
+      } else {
+        widen_row(row_of<T>(one.gate, b * one.stride_gate_b), factor, p.D);
+        for (int64_t d = 0; d < p.D; ++d) sum[d] += factor[d] * term[d];
+      }
+    }
+    round_row(sum, static_cast<T*>(p.out) + b * p.stride_out_b + n * p.stride_out_n, p.D);
+  }
+}
+
+template <class T>
+void gather_modulate(const ModulateParams& p, int64_t begin, int64_t end) {
+  using W = Work<T>;
+  Scratch<W> scratch(p.D);
+  W* __restrict__ x = scratch.sum();
+  W* __restrict__ shift = scratch.term();
+  W* __restrict__ gain = scratch.factor();
+  for (int64_t row = begin; row < end; ++row) {
+    const int64_t b = row / p.S;
+    T* packed = static_cast<T*>(p.packed) + row * p.D;
+    const int64_t token = p.indices[b * p.stride_indices_b + row % p.S];
+    if (token < 0 || token >= p.N) {
+      std::memset(packed, 0, p.D * sizeof(T));
+      continue;
+    }
+    widen_row(row_of<T>(p.x, b * p.stride_x_b + token * p.stride_x_n), x, p.D);
+    widen_row(row_of<T>(p.shift, b * p.stride_shift_b), shift, p.D);
+    widen_row(row_of<T>(p.scale, b * p.stride_scale_b), gain, p.D);
+
+    W total = 0;
+#pragma omp simd reduction(+ : total)
+    for (int64_t d = 0; d < p.D; ++d) total += x[d];
+    const W mean = total / static_cast<W>(p.D);
+    W squares = 0;
+#pragma omp simd reduction(+ : squares)
+    for (int64_t d = 0; d < p.D; ++d) squares += (x[d] - mean) * (x[d] - mean);
+    const W variance = squares / static_cast<W>(p.D) + static_cast<W>(p.eps);
+    const W rstd = W{1} / __builtin_sqrt(variance);
+    for (int64_t d = 0; d < p.D; ++d) x[d] = (x[d] - mean) * rstd * (W{1} + gain[d]) + shift[d];
+    round_row(x, packed, p.D);
+  }
+}
+
+void add_branches_any(const AddBranchesParams& p, int64_t begin, int64_t end) {
+  with_type(p.type, [&](auto one) { add_branches<decltype(one)>(p, begin, end); });
+}
+
+void gather_modulate_any(const ModulateParams& p, int64_t begin, int64_t end) {
+  with_type(p.type, [&](auto one) { gather_modulate<decltype(one)>(p, begin, end); });
+}
+
+#define TOKENCACHE_NAME(isa) TOKENCACHE_QUOTE(isa)
+#define TOKENCACHE_QUOTE(isa) #isa
+
+}  // namespace
+
+extern const VectorLoops loops{
+    .name = TOKENCACHE_NAME(TOKENCACHE_ISA),
+    .add_branches = add_branches_any,
+    .gather_modulate = gather_modulate_any,
+};
+
+}  // namespace tokencache::TOKENCACHE_ISA

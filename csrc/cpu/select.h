@@ -1,0 +1,11 @@
+#pragma once
+
+#include "params.h"
+
+namespace tokencache {
+
+// For each step in turn: combine the scores, take the top tokens (ties go to the lowest index, NaN
+// ranks below everything), update the staleness. The part counts the L * B rows of scores.
+void select_tokens_cpu(const SelectParams& p, int64_t begin, int64_t end);
+
+}  // namespace tokencache
