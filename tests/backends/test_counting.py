@@ -85,3 +85,15 @@ def test_nothing_is_counted_after_the_block(device, launches_of):
     ops.invert_indices(indices, 9, backend="triton")
 
     assert launches == ["_invert_indices_kernel"]
+
+
+def test_a_blend_is_one_launch_each_way(device, launches_of):
+    cached = randn(2, 9, 16, device=device, seed=1).requires_grad_()
+    fresh = randn(2, 9, 16, device=device).requires_grad_()
+    weight = torch.tensor(0.3, device=device).requires_grad_()
+
+    launches = launches_of(
+        lambda: ops.blend(cached, fresh, weight, backend="triton").sum().backward()
+    )
+
+    assert launches == ["_blend_kernel", "_blend_backward_kernel"]

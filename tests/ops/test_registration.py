@@ -30,6 +30,8 @@ def inputs(op):
         "invert_indices": (indices, N),
         "add_branches_": (x, branches, gates),
         "add_branches": (x, branches, gates),
+        "blend": (x, cache, randn(B, N, seed=10).requires_grad_()),
+        "blend_backward": (rows[:, :1].expand(B, N, D), x, cache, randn(B, N), True),
         "gather_modulate": (x, indices, shift, scale, 1e-6),
         "row_pass_": (x, branches, gates, indices, positions, shift, scale, 1e-6),
         "row_pass": (x, branches, gates, indices, positions, shift, scale, 1e-6),
@@ -54,7 +56,7 @@ def inputs(op):
 
 OPS = [
     "gather_rows", "scatter_rows_", "scatter_rows", "select_tokens_", "invert_indices",
-    "add_branches_", "add_branches", "gather_modulate", "row_pass_", "row_pass", "linear",
+    "add_branches_", "add_branches", "blend", "blend_backward", "gather_modulate", "row_pass_", "row_pass", "linear",
     "linear_scatter_", "linear_scatter", "mlp_", "mlp", "attention", "attention_with_entropy", "project_qkv_",
     "attention_received", "attention_entropy", "head_norms", "token_change",
 ]  # fmt: skip

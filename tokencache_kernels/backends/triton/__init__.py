@@ -3,20 +3,25 @@
 import torch
 
 from ._device import INTERPRETED
+from .blend import blend, blend_backward
 from .linear import linear, linear_scatter_
 from .mlp import mlp_
 from .modulate import add_branches, gather_modulate, row_pass
+from .project import project_qkv_
 from .rows import gather_rows, scatter_rows_
 from .select import invert_indices, select_tokens_
 
 __all__ = [
     "add_branches",
+    "blend",
+    "blend_backward",
     "gather_modulate",
     "gather_rows",
     "invert_indices",
     "linear",
     "linear_scatter_",
     "mlp_",
+    "project_qkv_",
     "row_pass",
     "scatter_rows_",
     "select_tokens_",
