@@ -6,7 +6,6 @@ import pytest
 
 from tokencache_kernels import __name__ as package
 from tokencache_kernels import cli, info
-from tokencache_kernels.policies import ToCaConfig
 from tokencache_kernels.version import __version__
 
 
@@ -58,19 +57,3 @@ def test_a_package_that_is_missing_is_named(monkeypatch, capsys):
     assert capsys.readouterr().err == (
         "tokencache info: it needs mlxtend, which is not installed\n"
     )
-
-
-def test_plan_shows_every_step_and_the_ratio(capsys):
-    assert cli.main(["plan", "dit-xl-ddim50", "dit-xl-256px"]) == 0
-
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "step   0  full"
-    assert sum(line.startswith("step ") for line in lines) == 50
-    assert any("times fewer, in " in line for line in lines)
-
-
-def test_plan_names_the_presets_when_it_does_not_know_one(capsys):
-    assert cli.main(["plan", "dit", "demo"]) == 1
-
-    assert "must be one of dit-xl-ddim50" in capsys.readouterr().err
-    assert ToCaConfig.preset("dit-xl-ddim50").num_inference_steps == 50

@@ -1,53 +1,173 @@
-"""``tokencache plan``: what a policy computes in each step, and the arithmetic that it saves."""
+"""``tokencache plan``: what a policy computes in each step, and what that costs."""
 
 import argparse
+import itertools
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
-from .policies import SHAPES, Plan, ToCaConfig, cache_bytes, make_plan
-from .policies.toca import PUBLISHED_LAYERS
+from .policies import (
+    MODELS,
+    Model,
+    Plan,
+    Policy,
+    StepPlan,
+    ToCaConfig,
+    cache_bytes,
+    fora,
+    make_plan,
+    published_cache_bytes,
+)
+
+_ELEMENT_SIZES = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+
+def _toca(model: Model, preset: str | None = None, **settings: Any) -> Policy:
+    return ToCaConfig.preset(preset or model.preset, num_layers=model.preset_layers, **settings)
+
+
+def _fora(
+    model: Model,
+    num_inference_steps: int | None = None,
+    refresh_interval: int = 3,
+    mixed_steps: bool = False,
+) -> Policy:
+    steps = _toca(model).num_inference_steps if num_inference_steps is None else num_inference_steps
+    return fora(refresh_interval, steps)
+
+
+@dataclass(frozen=True)
+class _Row:
+    """How a policy is built for a model, and what may be asked of it besides its steps.
+
+    ``is_published``: ``build(mixed_steps=True)`` is what the published code of ToCa does.
+    """
+
+    build: Callable[..., Policy]
+    settings: tuple[str, ...]
+    is_published: bool = True
+
+
+_POLICIES = {
+    "toca": _Row(_toca, ("preset", "refresh_interval", "fresh_ratio")),
+    "fora": _Row(_fora, ("refresh_interval",)),
+    "random": _Row(partial(_toca, seed=0), ("preset", "refresh_interval", "fresh_ratio")),
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The policy and the model."""
-    parser.add_argument("preset", help="a published setting, such as dit-xl-ddim50")
-    parser.add_argument("shape", choices=SHAPES, help="the model and its number of tokens")
-    parser.add_argument("--num-layers", type=int, default=PUBLISHED_LAYERS)
-    parser.add_argument("--steps", type=int, help="default: as published")
+    """The model, the picture and the policy."""
+    parser.add_argument("--model", required=True, choices=MODELS)
+    parser.add_argument("--height", type=int, help="of the picture in pixels")
+    parser.add_argument("--width", type=int, help="of the picture in pixels")
+    parser.add_argument("--text-tokens", type=int, help="the length of the prompt")
+    parser.add_argument(
+        "--batch", type=int, help="rows of a forward; guidance doubles the pictures"
+    )
+    parser.add_argument("--dtype", choices=_ELEMENT_SIZES, help="default: the published code's")
+    parser.add_argument("--policy", default="toca", choices=_POLICIES)
+    parser.add_argument("--preset", help="a published setting; default: the model's own")
+    parser.add_argument("--steps", type=int, help="the sampler's; default: as published")
     parser.add_argument("--refresh-interval", type=int, help="default: as published")
     parser.add_argument("--fresh-ratio", type=float, help="default: as published")
+    parser.add_argument(
+        "--published", action="store_true", help="list the steps of the published code, not ours"
+    )
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print one line a step, then the totals."""
-    shape = SHAPES[options.shape]
-    policy = ToCaConfig.preset(
-        options.preset,
-        num_inference_steps=options.steps,
-        num_layers=options.num_layers,
-        refresh_interval=options.refresh_interval,
-        fresh_ratio=options.fresh_ratio,
-    )
-    plan = make_plan(policy, shape)
-    for line in describe_steps(plan):
-        print(line)
+    """Print the steps, then the totals: ours, and the published code's where there is one."""
+    model, row = MODELS[options.model], _POLICIES[options.policy]
+    picture = {name: getattr(options, name) for name in ("height", "width", "text_tokens", "batch")}
+    settings = _given_settings(options, row)
+    dtype = options.dtype or model.dtype
+    size = _ELEMENT_SIZES[dtype]
+
+    shape = model.shape(**picture)
+    plan = make_plan(row.build(model, **settings), shape)
+    columns = {"ours": _totals(plan, cache_bytes(plan, shape, size))}
+    if row.is_published and model.published is not None:
+        shape = model.shape(**picture, as_published=True)
+        published = make_plan(row.build(model, **settings, mixed_steps=True), shape)
+        memory = published_cache_bytes(model.published, shape, size)
+        columns = {"published": _totals(published, memory), **columns}
+        plan = published if options.published else plan
+    elif options.published:
+        raise ValueError("--published must be left out where there is no published code")
+
     print(
-        f"\n{plan.flops / 1e12:.2f} TFLOP of {plan.dense_flops / 1e12:.2f}: "
-        f"{plan.flops_ratio:.2f} times fewer, in {len(plan.full_steps)} full steps"
+        f"{options.model} under {options.policy}: {len(plan.steps)} steps, {shape.batch} in a "
+        f"batch, {dtype}; the tokens computed in each, layer by layer\n"
     )
-    memory = cache_bytes(shape, element_size=2)
-    parts = ", ".join(f"{name} {size / 2**20:.1f} MiB" for name, size in memory.items())
-    print(f"the cache takes, at 2 bytes an element: {parts}")
+    print("\n".join(describe_steps(plan)) + "\n")
+    _print_columns(columns)
     return 0
 
 
+def _given_settings(options: argparse.Namespace, row: _Row) -> dict[str, Any]:
+    settings = {} if options.steps is None else {"num_inference_steps": options.steps}
+    for name in ("preset", "refresh_interval", "fresh_ratio"):
+        value = getattr(options, name)
+        if value is not None and name not in row.settings:
+            option = f"--{name.replace('_', '-')}"
+            raise ValueError(f"{option} must be left out for {options.policy}, got {value}")
+        if value is not None:
+            settings[name] = value
+    return settings
+
+
 def describe_steps(plan: Plan) -> list[str]:
-    """One line a step: full, or the range over the layers of the fresh tokens of each module."""
-    lines = []
+    """The steps that do the same, and under them the fresh tokens of each module, by layer."""
+    groups: dict[str, list[int]] = {}
     for index, step in enumerate(plan.steps):
-        kinds = dict.fromkeys((site.stream, site.module) for site in step.decisions)
-        parts = []
-        for stream, module in kinds:
-            fresh = step.num_fresh(stream, module)
-            parts.append(f"{stream} {module} {min(fresh)}-{max(fresh)}")
-        what = "full" if step.is_full else "fresh tokens: " + ", ".join(parts)
-        lines.append(f"step {index:3}  {what}")
-    return lines
+        groups.setdefault(_describe_step(step), []).append(index)
+    return [f"steps {_join_ranges(indices)}:{what}" for what, indices in groups.items()]
+
+
+def _describe_step(step: StepPlan) -> str:
+    if step.is_full:
+        return " all"
+    lines = []
+    for stream, module in dict.fromkeys((site.stream, site.module) for site in step.decisions):
+        fresh = step.num_fresh(stream, module)
+        if any(fresh):
+            lines.append(f"\n    {stream} {module}: {_join_equal(fresh)}")
+    return "".join(lines) or " none"
+
+
+def _join_ranges(indices: list[int]) -> str:
+    """``0-2, 6`` for 0, 1, 2, 6."""
+    starts = [index for index in indices if index - 1 not in indices]
+    ends = [index for index in indices if index + 1 not in indices]
+    return ", ".join(
+        str(start) if start == end else f"{start}-{end}"
+        for start, end in zip(starts, ends, strict=True)
+    )
+
+
+def _join_equal(counts: Iterable[int]) -> str:
+    """``256 0x27`` for 256 and then 27 times 0."""
+    runs = [(count, len(list(run))) for count, run in itertools.groupby(counts)]
+    return " ".join(str(count) if times == 1 else f"{count}x{times}" for count, times in runs)
+
+
+def _totals(plan: Plan, memory: dict[str, int]) -> dict[str, str]:
+    """One column of the table of totals."""
+    total = sum(memory.values())
+    return {
+        "full steps": str(len(plan.full_steps)),
+        "TFLOP": f"{plan.flops / 1e12:.5g}",
+        "dense TFLOP": f"{plan.dense_flops / 1e12:.5g}",
+        "times fewer FLOPs": f"{plan.flops_ratio:.2f}",
+        **{f"{name}, MiB": f"{size / 2**20:.1f}" for name, size in memory.items()},
+        "cache, GB": f"{total / 1e9:.3f}",
+    }
+
+
+def _print_columns(columns: dict[str, dict[str, str]]) -> None:
+    rows = dict.fromkeys(row for column in columns.values() for row in column)
+    print(f"{'':20}" + "".join(f"{title:>12}" for title in columns))
+    for row in rows:
+        cells = (column.get(row, "-") for column in columns.values())
+        print(f"{row:20}" + "".join(f"{cell:>12}" for cell in cells))

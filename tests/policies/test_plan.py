@@ -1,4 +1,5 @@
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -12,13 +13,12 @@ from tokencache_kernels.policies import (
     flux_shape,
     fora,
     make_plan,
-    opensora_shape,
-    pixart_shape,
+    random_tokens,
 )
 
-DIT = SHAPES["dit-xl-256px"]
-PIXART = SHAPES["pixart-alpha-256px"]
-OPENSORA = SHAPES["opensora-480p-2s"]
+DIT = SHAPES["dit-xl"]
+PIXART = SHAPES["pixart-alpha"]
+OPENSORA = SHAPES["opensora"]
 FLUX = flux_shape(projects_again=True)
 DEMO = SHAPES["demo"]
 MIB = 2**20
@@ -148,28 +148,58 @@ def test_a_plan_knows_every_site_of_a_model():
     assert Site("single", 37, "mlp") in sites
 
 
-@pytest.mark.parametrize(
-    ("shape", "element_size", "mebibytes"),
-    [
-        pytest.param(DIT, 4, 126, id="dit-256px"),
-        pytest.param(dit_shape(batch=300), 4, 18_900, id="dit-256px-150-images"),
-        pytest.param(SHAPES["dit-xl-512px"], 4, 504, id="dit-512px"),
-        pytest.param(pixart_shape(batch=200), 2, 9_450, id="pixart-100-images"),
-        pytest.param(opensora_shape(), 2, 17_608, id="opensora"),
-        # published: 1 026 + 6 156, of which 38 * 108 are the hidden rows that nothing reads again
-        pytest.param(FLUX, 2, 1_026 + 6_156 - 38 * 108, id="flux"),
-    ],
-)
-def test_published_cache_sizes(shape, element_size, mebibytes):
-    assert cache_bytes(shape, element_size)["features"] / MIB == pytest.approx(mebibytes, abs=0.5)
+def test_only_what_a_later_step_reuses_is_kept():
+    every = make_plan(fora(1, 4), DEMO)
+    some = make_plan(fora(2, 2), DEMO)
+    last = make_plan(ToCaConfig.constant(0.5, 1, 1), DEMO)
 
-
-def test_staleness_and_scores_are_four_bytes_a_token():
-    assert cache_bytes(PIXART, 2) | {"features": 0} == {
-        "features": 0,
-        "staleness": 2 * 28 * 2 * 256 * 4,  # cross-attention and MLP
-        "scores": 28 * 2 * 256 * 4,
+    for plan in (every, last):
+        assert cache_bytes(plan, DEMO, 4) == {"features": 0, "staleness": 0, "scores": 0}
+    assert cache_bytes(some, DEMO, 2) == {
+        "features": 2 * 6 * 2 * 256 * 128 * 2,  # attention and MLP
+        "staleness": 0,
+        "scores": 0,
     }
+
+
+def test_staleness_and_scores_are_four_bytes_a_token_of_what_is_computed_in_part():
+    plan = make_plan(ToCaConfig.preset("pixart-alpha"), PIXART)
+
+    assert cache_bytes(plan, PIXART, 2) == {
+        "features": 3 * 28 * 2 * 256 * 1152 * 2,
+        "staleness": 2 * 28 * 2 * 256 * 4,  # cross-attention and MLP
+        "scores": 2 * 28 * 2 * 256 * 4,
+    }
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize(
+    "policy", [ToCaConfig.constant(0.3, 3, 5), fora(2, 3), fora(1, 3), random_tokens(0.5, 2, 4)]
+)
+def test_the_cache_of_a_run_is_as_large_as_the_plan_says(policy):
+    pytest.importorskip("diffusers")
+    from tokencache_kernels.integrations.diffusers import apply_token_cache
+    from tokencache_kernels.testing import tiny_dit
+
+    model = tiny_dit()
+    apply_token_cache(model, policy)
+    labels = torch.tensor([1, 2])
+    for step in range(policy.num_inference_steps):
+        model(torch.randn(2, 2, 8, 8), timestep=labels * 0 + 900 - step, class_labels=labels)
+    runner = runner_of(model)
+    states = [selection.tokens for selection in runner._selections]
+
+    shape = dit_shape(image_tokens=16, num_layers=3, hidden=24, heads=3, mlp=96)
+    assert cache_bytes(make_plan(policy, shape), shape, 4) == {
+        "features": sum(buffer.nbytes for buffer in runner.features._buffers.values()),
+        "staleness": sum(state.staleness.nbytes for state in states),
+        "scores": sum(state.scores.nbytes for state in states),
+    }
+
+
+def runner_of(model):
+    hook = model.transformer_blocks[0]._diffusers_hook.get_hook("tokencache_kernels")
+    return hook._contexts.get_state().runner
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Policies: when (schedule) x where (router) x which (selector), and what they will cost."""
 
 from .decisions import Action, Decision, Policy, Site, Step, count_fresh
+from .models import MODELS, SHAPES, Model, PublishedCode, published_cache_bytes
 from .plan import Plan, StepPlan, cache_bytes, make_plan
 from .predictors import (
     ContentPredictor,
@@ -14,7 +15,6 @@ from .routers import FactorRouter, Router
 from .schedules import AdaptiveSchedule, IntervalSchedule, Schedule
 from .selectors import RandomSelector, ScoreSelector, Selector
 from .shapes import (
-    SHAPES,
     ModelShape,
     ModuleShape,
     StackShape,
@@ -33,6 +33,7 @@ from .tokencache import (
 )
 
 __all__ = [
+    "MODELS",
     "SHAPES",
     "Action",
     "AdaptiveSchedule",
@@ -40,12 +41,14 @@ __all__ = [
     "Decision",
     "FactorRouter",
     "IntervalSchedule",
+    "Model",
     "ModelShape",
     "ModuleShape",
     "PercentileSchedule",
     "Plan",
     "Policy",
     "Predictor",
+    "PublishedCode",
     "RandomSelector",
     "Router",
     "Schedule",
@@ -70,6 +73,7 @@ __all__ = [
     "make_plan",
     "opensora_shape",
     "pixart_shape",
+    "published_cache_bytes",
     "random_tokens",
     "rank_scores",
     "save_predictor",

@@ -1,5 +1,6 @@
 """What a policy will do to a model, step by step, and what that costs; nothing is run."""
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -78,20 +79,26 @@ def _plan_step(policy: Policy, shape: ModelShape, step: Step) -> StepPlan:
     return StepPlan(decisions, shape.batch * flops)
 
 
-def cache_bytes(shape: ModelShape, element_size: int) -> dict[str, int]:
-    """How many bytes a model's cache takes for one batch, by what it holds.
+def cache_bytes(plan: Plan, shape: ModelShape, element_size: int) -> dict[str, int]:
+    """How many bytes the cache of a run takes for one batch, by what it holds.
 
-    ``features``: the output of every cached module, ``element_size`` bytes an element;
-    ``staleness``: int32 for every token of the modules that can be computed in part; ``scores``:
-    one float32 statistic for every token and layer.
+    ``features``: the output of every site that a later step reuses, ``element_size`` bytes an
+    element; ``staleness`` and ``scores``: an int32 and a float32 for every token and layer of the
+    modules that are computed in part in some step.
     """
-    features = staleness = scores = 0
+    features = selected = 0
     for stack in shape.stacks:
         for module in stack.modules:
-            tokens = shape.batch * stack.num_layers * module.num_tokens
-            features += tokens * shape.hidden * element_size
-            if module.flops_per_fresh:
-                staleness += tokens * 4
-            else:
-                scores += tokens * 4
-    return {"features": features, "staleness": staleness, "scores": scores}
+            sites = [Site(stack.stream, layer, module.name) for layer in range(stack.num_layers)]
+            runs = [[step.decisions[site].action for step in plan.steps] for site in sites]
+            tokens = shape.batch * module.num_tokens
+            features += sum(map(_is_reused, runs)) * tokens * shape.hidden * element_size
+            if any(Action.PARTIAL in run for run in runs):
+                selected += stack.num_layers * tokens
+    return {"features": features, "staleness": 4 * selected, "scores": 4 * selected}
+
+
+def _is_reused(run: list[Action]) -> bool:
+    return any(
+        now is Action.FULL and then is not Action.FULL for now, then in itertools.pairwise(run)
+    )

@@ -17,6 +17,8 @@ class ModuleShape:
     name: str
     num_tokens: int
     flops_full: int
+    # the keys that a token attends to: none in an MLP
+    num_keys: int = 0
     # self-attention is all or nothing: it has no cost per fresh token
     flops_per_fresh: int = 0
     # what a partial step costs as soon as one token is fresh, such as the keys of the text
@@ -47,9 +49,9 @@ class StackShape:
 class ModelShape:
     """A whole model on one batch as the network sees it: guidance doubles it."""
 
-    name: str
     batch: int
     hidden: int
+    heads: int
     stacks: tuple[StackShape, ...]
 
     @property
@@ -62,32 +64,30 @@ class ModelShape:
 
 
 def dit_shape(
-    name: str = "dit-xl-256px",
     *,
     batch: int = 2,
     num_layers: int = 28,
     hidden: int = 1152,
     heads: int = 16,
     mlp: int = 4608,
-    num_tokens: int = 256,
+    image_tokens: int = 256,
 ) -> ModelShape:
     """A DiT: self-attention and MLP."""
     modules = (
-        _self_attention(hidden, heads, num_tokens, num_tokens),
-        _mlp("mlp", hidden, mlp, num_tokens),
+        _self_attention(hidden, heads, image_tokens, image_tokens),
+        _mlp("mlp", hidden, mlp, image_tokens),
     )
-    return ModelShape(name, batch, hidden, (StackShape("main", num_layers, modules),))
+    return ModelShape(batch, hidden, heads, (StackShape("main", num_layers, modules),))
 
 
 def pixart_shape(
-    name: str = "pixart-alpha-256px",
     *,
     batch: int = 2,
     num_layers: int = 28,
     hidden: int = 1152,
     heads: int = 16,
     mlp: int = 4608,
-    num_tokens: int = 256,
+    image_tokens: int = 256,
     text_tokens: int = 20,
 ) -> ModelShape:
     """A PixArt: self-attention, cross-attention and MLP.
@@ -95,15 +95,14 @@ def pixart_shape(
     The default length of the prompt is the one that published totals imply.
     """
     modules = (
-        _self_attention(hidden, heads, num_tokens, num_tokens),
-        _cross_attention(hidden, heads, num_tokens, text_tokens),
-        _mlp("mlp", hidden, mlp, num_tokens),
+        _self_attention(hidden, heads, image_tokens, image_tokens),
+        _cross_attention(hidden, heads, image_tokens, text_tokens),
+        _mlp("mlp", hidden, mlp, image_tokens),
     )
-    return ModelShape(name, batch, hidden, (StackShape("main", num_layers, modules),))
+    return ModelShape(batch, hidden, heads, (StackShape("main", num_layers, modules),))
 
 
 def opensora_shape(
-    name: str = "opensora-480p-2s",
     *,
     batch: int = 2,
     num_layers: int = 28,
@@ -111,11 +110,14 @@ def opensora_shape(
     heads: int = 16,
     mlp: int = 4608,
     frames: int = 15,
-    frame_tokens: int = 1590,
+    image_tokens: int = 1590,
     text_tokens: int = 20,
 ) -> ModelShape:
-    """An STDiT3: as many spatial as temporal blocks, each with cross-attention and MLP."""
-    num_tokens = frames * frame_tokens
+    """An STDiT3: as many spatial as temporal blocks, each with cross-attention and MLP.
+
+    ``image_tokens`` are those of a frame; the default number of frames is that of two seconds.
+    """
+    num_tokens = frames * image_tokens
     stacks = tuple(
         StackShape(
             stream,
@@ -126,13 +128,12 @@ def opensora_shape(
                 _mlp("mlp", hidden, mlp, num_tokens),
             ),
         )
-        for stream, num_keys in (("spatial", frame_tokens), ("temporal", frames))
+        for stream, num_keys in (("spatial", image_tokens), ("temporal", frames))
     )
-    return ModelShape(name, batch, hidden, stacks)
+    return ModelShape(batch, hidden, heads, stacks)
 
 
 def flux_shape(
-    name: str = "flux-1-dev-1024px",
     *,
     batch: int = 1,
     num_double: int = 19,
@@ -165,7 +166,7 @@ def flux_shape(
         _mlp("mlp", hidden, mlp, num_tokens, extra_per_token=project),
     )
     stacks = (StackShape("double", num_double, double), StackShape("single", num_single, single))
-    return ModelShape(name, batch, hidden, stacks)
+    return ModelShape(batch, hidden, heads, stacks)
 
 
 def _self_attention(
@@ -178,32 +179,22 @@ def _self_attention(
 ) -> ModuleShape:
     projections = (8 if projects_output else 6) * hidden * hidden
     per_token = hidden + projections + 4 * num_keys * hidden + 5 * heads * num_keys
-    return ModuleShape("attn", num_tokens, num_tokens * per_token, flops_always=flops_always)
+    return ModuleShape(
+        "attn", num_tokens, num_tokens * per_token, num_keys, flops_always=flops_always
+    )
 
 
 def _cross_attention(hidden: int, heads: int, num_tokens: int, text_tokens: int) -> ModuleShape:
     per_token = 4 * hidden * hidden + 4 * text_tokens * hidden + 5 * heads * text_tokens
     keys_and_values = 4 * hidden * hidden * text_tokens
     return ModuleShape(
-        "cross", num_tokens, num_tokens * per_token + keys_and_values, per_token, keys_and_values
-    )
+        "cross", num_tokens, num_tokens * per_token + keys_and_values, text_tokens, per_token,
+        keys_and_values,
+    )  # fmt: skip
 
 
 def _mlp(
     name: str, hidden: int, mlp: int, num_tokens: int, extra_per_token: int = 0
 ) -> ModuleShape:
     per_token = hidden + 4 * hidden * mlp + 6 * mlp + extra_per_token
-    return ModuleShape(name, num_tokens, num_tokens * per_token, per_token)
-
-
-SHAPES = {
-    shape.name: shape
-    for shape in (
-        dit_shape(),
-        dit_shape("dit-xl-512px", num_tokens=1024),
-        dit_shape("demo", num_layers=6, hidden=128, heads=4, mlp=512),
-        pixart_shape(),
-        opensora_shape(),
-        flux_shape(),
-    )
-}
+    return ModuleShape(name, num_tokens, num_tokens * per_token, flops_per_fresh=per_token)
