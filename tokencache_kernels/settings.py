@@ -31,3 +31,8 @@ def native_library_path() -> str | None:
 def is_interpreting() -> bool:
     """``TRITON_INTERPRET=1``: Triton's own switch to run kernels on the CPU, in NumPy."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def packs_weights() -> bool:
+    """``TOKENCACHE_PACK_WEIGHTS=0``: keep no packed copies of weights on the CPU."""
+    return os.environ.get("TOKENCACHE_PACK_WEIGHTS", "1") == "1"

@@ -1,8 +1,11 @@
+import sys
+
 import pytest
 import torch
 
 from tokencache_kernels import backends
 from tokencache_kernels.backends import native, reference
+from tokencache_kernels.backends.native import library
 from tokencache_kernels.errors import BackendUnavailableError
 from tokencache_kernels.ops import gather_rows
 from tokencache_kernels.testing import randn, random_indices
@@ -115,8 +118,8 @@ def test_a_cuda_tensor_is_refused_with_the_reason():
 
 def test_a_library_that_was_not_built_is_named_as_the_reason(monkeypatch, tmp_path):
     monkeypatch.delenv("TOKENCACHE_NATIVE_LIBRARY", raising=False)
-    monkeypatch.setattr(native, "_PACKAGE", tmp_path)
-    monkeypatch.setattr(native, "_load_library", native._load_library.__wrapped__)
+    monkeypatch.setattr(library, "_PACKAGE", tmp_path)
+    monkeypatch.setattr(native, "load_library", library.load_library.__wrapped__)
 
     with pytest.raises(BackendUnavailableError, match=r"gather_rows: .*'native'.* was not built"):
         gather_rows(randn(1, 3, 4), random_indices(1, 3, 2), backend="native")
@@ -125,7 +128,7 @@ def test_a_library_that_was_not_built_is_named_as_the_reason(monkeypatch, tmp_pa
 def test_a_library_path_that_does_not_fit_is_named_as_the_reason(monkeypatch, tmp_path):
     not_a_library = tmp_path / "native.so"
     not_a_library.write_text("text")
-    load = native._load_library.__wrapped__
+    load = library.load_library.__wrapped__
 
     monkeypatch.setenv("TOKENCACHE_NATIVE_LIBRARY", str(tmp_path / "missing.so"))
     missing = load()
@@ -143,3 +146,36 @@ def test_build_info_is_of_this_version():
 
     assert facts["version"] == __version__
     assert all(facts.values())
+
+
+def test_a_packed_weight_follows_every_write_to_it():
+    weight, x = randn(48, 32, seed=1), randn(1, 7, 32)
+    first = native.linear(x, weight, None, "none", None)
+    assert torch.equal(native.linear(x, weight, None, "none", None), first)
+    torch.testing.assert_close(first, x @ weight.T)
+
+    weight[:24] *= 2
+    out = native.linear(x, weight, None, "none", None)
+    part = native.linear(x, weight[8:24], None, "none", None)
+
+    torch.testing.assert_close(out, x @ weight.T)
+    torch.testing.assert_close(part, x @ weight[8:24].T)
+
+
+def test_packed_weights_go_with_their_owner():
+    weight = randn(48, 32)
+    native.linear(randn(1, 7, 32), weight, None, "none", None)
+    packed = sys.modules[native.linear.__module__]._weights._views_of
+    before = len(packed)
+
+    del weight
+
+    assert len(packed) == before - 1
+
+
+def test_no_weight_is_packed_where_that_is_turned_off(monkeypatch):
+    monkeypatch.setenv("TOKENCACHE_PACK_WEIGHTS", "0")
+    weight = randn(48, 32)
+    native.linear(randn(1, 7, 32), weight, None, "none", None)
+
+    assert weight not in sys.modules[native.linear.__module__]._weights._views_of

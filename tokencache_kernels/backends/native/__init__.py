@@ -1,0 +1,34 @@
+"""The native library: C++ loops registered as torch ops of their own, loaded on first use."""
+
+import torch
+
+from .library import build_info, library_path, load_library
+from .linear import linear, linear_scatter_
+from .mlp import mlp_
+from .modulate import add_branches, gather_modulate, row_pass
+from .rows import gather_rows, scatter_rows_
+from .select import select_tokens_
+
+__all__ = [
+    "add_branches",
+    "build_info",
+    "gather_modulate",
+    "gather_rows",
+    "library_path",
+    "linear",
+    "linear_scatter_",
+    "mlp_",
+    "row_pass",
+    "scatter_rows_",
+    "select_tokens_",
+    "unavailable",
+]
+
+
+def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
+    """The library must be there, and it works on the CPU."""
+    if device.type == "cuda":
+        return "it has no CUDA half yet"
+    if device.type != "cpu":
+        return f"it needs a CPU tensor, got {device.type}"
+    return load_library()

@@ -1,0 +1,30 @@
+"""Which tokens: scores combined, the best taken, staleness updated."""
+
+from torch import Tensor
+
+from .library import OPS
+
+
+def select_tokens_(
+    scores: Tensor,
+    staleness: Tensor,
+    num_fresh: Tensor | None,
+    max_fresh: int,
+    staleness_weight: float,
+    normalize: bool,
+    grid: tuple[int, int] | None,
+    tile: int,
+    bonus: float,
+) -> tuple[Tensor, Tensor]:
+    """Combine the scores, take the top tokens, update the staleness, for each step in turn."""
+    L, B, N = scores.shape
+    P = 1 if num_fresh is None else num_fresh.shape[0]
+    indices = staleness.new_empty(P, L, B, max_fresh)
+    positions = staleness.new_empty(P, L, B, N)
+    if num_fresh is not None:
+        num_fresh = num_fresh.contiguous()
+    OPS.select_tokens_(
+        scores.float().contiguous(), staleness, num_fresh, max_fresh, staleness_weight, normalize,
+        *(grid or (0, 0)), tile, bonus, indices, positions,
+    )  # fmt: skip
+    return indices, positions
