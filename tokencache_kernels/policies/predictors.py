@@ -145,7 +145,7 @@ class ContentPredictor(Predictor):
         hidden = F.gelu(self.fc1(_modulate(x, shift2, scale2)), approximate="tanh")
         x = x + gate2 * self.fc2(hidden)
         logits = self.score(F.layer_norm(x, (self.width,), eps=1e-6))
-        return logits.float().sigmoid().permute(2, 0, 1)
+        return logits.float().permute(2, 0, 1).contiguous().sigmoid()
 
     def _attend(self, x: Tensor) -> Tensor:
         query, key, value = (

@@ -1,0 +1,213 @@
+"""TokenCache's predictor on a diffusers transformer: what it reads, how it is trained."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...ops._checks import fail
+from ...policies import ContentPredictor, Predictor, TablePredictor, rank_scores
+from ...policies.training import TrainingSettings, train_module
+from .superpose import Superposition, find_sublayers
+
+# takes the generator of the run; gives clean latents (B, C, H, W) and class labels (B,)
+Draw = Callable[[torch.Generator], tuple[Tensor, Tensor]]
+
+
+def read_inputs(
+    transformer: Any, latents: Tensor, timestep: Tensor, class_labels: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What a predictor sees: the tokens (B, N, D), and what modulates the first block (B, D)."""
+    hidden_states = transformer.pos_embed(latents)
+    return hidden_states, read_conditioning(transformer, hidden_states, timestep, class_labels)
+
+
+def read_conditioning(
+    transformer: Any, hidden_states: Tensor, timestep: Tensor, class_labels: Tensor
+) -> Tensor:
+    """The embedding of timestep and class in the first block, (B, D)."""
+    embed = transformer.transformer_blocks[0].norm1.emb
+    conditioning: Tensor = embed(timestep, class_labels, hidden_dtype=hidden_states.dtype)
+    return conditioning
+
+
+def make_table_predictor(transformer: Any, num_steps: int) -> TablePredictor:
+    """A new table for a ``DiTTransformer2DModel`` and its own size of latents."""
+    return TablePredictor(*_sizes(transformer), num_steps)
+
+
+def make_content_predictor(
+    transformer: Any, num_steps: int, width: int | None = None
+) -> ContentPredictor:
+    """A new content-dependent predictor for a ``DiTTransformer2DModel``.
+
+    Args:
+        transformer: its first block gives the heads' width, and the weights to begin with.
+        num_steps: the sampler's steps.
+        width: a multiple of the heads' width. Without it the block is as wide as the model, and
+            takes the first block's weights; a narrower one begins at random.
+    """
+    block = transformer.transformer_blocks[0]
+    hidden = block.attn1.to_q.in_features
+    heads = block.attn1.heads
+    width = hidden if width is None else width
+    if width % (hidden // heads):
+        fail("make_content_predictor", "width", f"be a multiple of {hidden // heads}", width)
+    predictor = ContentPredictor(
+        *_sizes(transformer), num_steps, hidden, width, width * heads // hidden
+    )
+    for own, given in (
+        (predictor.modulation, block.norm1.linear),
+        (predictor.query, block.attn1.to_q),
+        (predictor.key, block.attn1.to_k),
+        (predictor.value, block.attn1.to_v),
+        (predictor.project, block.attn1.to_out[0]),
+        (predictor.fc1, getattr(block.ff.net[0], "proj", None)),
+        (predictor.fc2, block.ff.net[-1]),
+    ):
+        _copy_layer(own, given)
+    return predictor
+
+
+def train_predictor(
+    transformer: Any,
+    predictor: Predictor,
+    scheduler: Any,
+    draw: Draw,
+    settings: TrainingSettings,
+    checkpoint: Path,
+    *,
+    sparsity: float,
+    facts: Mapping[str, str],
+) -> list[dict[str, float]]:
+    """Train a predictor by superposition; the transformer stays as it is.
+
+    For samples at random steps, the step before is computed by the whole model and its sub-layers'
+    outputs are kept. In the step itself each token takes ``score * fresh + (1 - score) * kept`` in
+    both sub-layers of a block, and ``loss = mean((exact - superposed)^2) + sparsity * mean(score)``
+    of the network's outputs.
+
+    Args:
+        transformer: a ``DiTTransformer2DModel`` that predicts noise, in evaluation mode.
+        predictor: trained in place; on the transformer's device.
+        scheduler: a diffusers scheduler with ``alphas_cumprod``, whose timesteps are set.
+        draw: gives a batch of clean latents and labels.
+        settings: see ``train_module``.
+        checkpoint: see ``train_module``.
+        sparsity: how much a fresh token costs.
+        facts: see ``train_module``; the predictor's sizes and the sparsity are added.
+
+    Returns:
+        The history of ``train_module``, with the mean ``score``.
+
+    Raises:
+        ValueError: the predictor does not fit the transformer or the scheduler.
+        UnsupportedInputError: the transformer is of another class.
+    """
+    _check_fit("train_predictor", transformer, predictor, scheduler)
+    superposition = Superposition(transformer)
+    sites = list(find_sublayers(transformer))
+
+    def compute_loss(_: int, generator: torch.Generator) -> tuple[Tensor, Mapping[str, float]]:
+        latents, labels = draw(generator)
+        steps = torch.randint(1, predictor.num_steps, (len(latents),), generator=generator)
+        noise = torch.randn(latents.shape, generator=generator).to(latents)
+        with torch.no_grad():
+            with superposition.recording():
+                latents = _run_step_before(transformer, scheduler, latents, labels, noise, steps)
+            timestep = scheduler.timesteps[steps].to(latents.device)
+            exact = transformer(latents, timestep=timestep, class_labels=labels).sample
+            inputs = read_inputs(transformer, latents, timestep, labels)
+        scores = predictor(*inputs, steps.to(latents.device))
+        with superposition.blending({site: scores[site.layer] for site in sites}):
+            superposed = transformer(latents, timestep=timestep, class_labels=labels).sample
+        error, score = (superposed - exact).square().mean(), scores.mean()
+        figures = {"error": error.item(), "score": score.item()}
+        return error + sparsity * score, figures
+
+    try:
+        return train_module(
+            predictor, compute_loss, settings, checkpoint,
+            facts={**facts, "predictor": repr(predictor), "sparsity": str(sparsity)},
+        )  # fmt: skip
+    finally:
+        superposition.remove()
+
+
+@torch.no_grad()
+def calibrate_predictor(
+    transformer: Any, predictor: Predictor, scheduler: Any, draw: Draw, num_batches: int, seed: int
+) -> None:
+    """Find the mean importance of each step, block and rank, from noised samples.
+
+    The first step, of which nothing could be cached, counts as the second.
+
+    Args:
+        transformer: see ``train_predictor``; so are the next three.
+        predictor: its ``importance`` is written.
+        scheduler: see ``train_predictor``.
+        draw: gives a batch of clean latents and labels.
+        num_batches: for each step.
+        seed: of what is drawn.
+    """
+    _check_fit("calibrate_predictor", transformer, predictor, scheduler)
+    generator = torch.Generator().manual_seed(seed)
+    importance = torch.zeros_like(predictor.importance)
+    for _ in range(num_batches):
+        latents, labels = draw(generator)
+        noise = torch.randn(latents.shape, generator=generator).to(latents)
+        for step, timestep in enumerate(scheduler.timesteps):
+            timesteps = timestep.to(latents.device).expand(len(latents))
+            noisy = scheduler.add_noise(latents, noise, timesteps)
+            scores = predictor(*read_inputs(transformer, noisy, timesteps, labels), step)
+            importance[step] += rank_scores(scores)
+    importance[0] = importance[min(1, predictor.num_steps - 1)]
+    predictor.importance.copy_(importance / num_batches)
+
+
+def _run_step_before(
+    transformer: Any,
+    scheduler: Any,
+    latents: Tensor,
+    labels: Tensor,
+    noise: Tensor,
+    steps: Tensor,
+) -> Tensor:
+    """Noise clean latents up to the step before ``steps`` (B,), and take one DDIM step."""
+    timesteps = scheduler.timesteps
+    before = timesteps[steps - 1].to(latents.device)
+    noisy = scheduler.add_noise(latents, noise, before)
+    # a model with a learned variance gives that after the noise
+    predicted = transformer(noisy, timestep=before, class_labels=labels).sample
+    predicted = predicted[:, : latents.shape[1]]
+    kept_before, kept = (
+        scheduler.alphas_cumprod[time][:, None, None, None].to(latents)
+        for time in (timesteps[steps - 1], timesteps[steps])
+    )
+    clean = (noisy - (1 - kept_before).sqrt() * predicted) / kept_before.sqrt()
+    return kept.sqrt() * clean + (1 - kept).sqrt() * predicted
+
+
+def _sizes(transformer: Any) -> tuple[int, int]:
+    """The number of blocks, and of tokens."""
+    embed = transformer.pos_embed
+    return len(transformer.transformer_blocks), embed.height * embed.width
+
+
+def _check_fit(op: str, transformer: Any, predictor: Predictor, scheduler: Any) -> None:
+    wanted = (*_sizes(transformer), len(scheduler.timesteps))
+    sizes = (predictor.num_layers, predictor.num_tokens, predictor.num_steps)
+    if sizes != wanted:
+        describe = "{} blocks, {} tokens and {} steps".format
+        fail(op, "predictor", f"be for {describe(*wanted)}", f"one for {describe(*sizes)}")
+
+
+def _copy_layer(own: nn.Linear, given: Any) -> None:
+    """Take the weights of a layer of the same shape."""
+    if not isinstance(given, nn.Linear) or given.weight.shape != own.weight.shape:
+        return
+    with torch.no_grad():
+        own.weight.copy_(given.weight)
+        own.bias.zero_() if given.bias is None else own.bias.copy_(given.bias)
