@@ -122,6 +122,10 @@ class Runner:
             step[site].action is not Action.FULL for step in following
         )
 
+    def is_selected(self, site: Site) -> bool:
+        """Whether some of the site's tokens are selected in some step of the run."""
+        return site in self._selection_of
+
     def remember(self, site: Site, output: Tensor) -> None:
         """Store what a full computation of the site gave, if the next step will reuse it."""
         if self.is_remembered(site):
@@ -142,7 +146,8 @@ class Runner:
         """Replace the scores of the tokens at ``indices`` (B, S) by ``scores`` (B, S)."""
         if site in self._selection_of:
             kept = self._selection_of[site].tokens.scores[site.layer]
-            ops.scatter_rows_(kept[..., None], indices, scores[..., None], backend=self._backend)
+            rows = scores[..., None].to(kept.dtype)
+            ops.scatter_rows_(kept[..., None], indices, rows, backend=self._backend)
 
     def end_step(self) -> None:
         """Go on to the next step; after the last one a new run begins."""

@@ -90,6 +90,21 @@ class ResidualStream:
             self._clear()
         return self._hidden_states
 
+    def follow(self, hidden_states: Tensor) -> None:
+        """Go on from ``hidden_states``, which is what was last shown, perhaps with an addition.
+
+        A model may add something of its own between two blocks, such as ControlNet's residual; what
+        is pending is still to be added.
+        """
+        if hidden_states is not self._hidden_states:
+            self._hidden_states = hidden_states.contiguous()
+            self._is_ours = False
+
+    def clip(self, limit: float) -> None:
+        """Add what is pending and clip to [-limit, limit], as some models do in float16."""
+        self._hidden_states = self.flush().clip(-limit, limit)
+        self._is_ours = True
+
     def _clear(self) -> None:
         self._is_ours = True
         self._branches, self._gates = [], []

@@ -1,6 +1,6 @@
 """What the adapters of all models share: states by cache context, and taps on sub-layers."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -8,7 +8,8 @@ from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.hooks.hooks import BaseState, CacheContext, StateManager
 from torch import Tensor, nn
 
-from ...blocks import Mlp, ResidualStream, Runner
+from ... import ops
+from ...blocks import Lane, Mlp, Modulation, ResidualStream, Runner, SubLayer, run_sub_layer
 from ...errors import UnsupportedInputError
 from ...policies import Policy, Site
 
@@ -49,15 +50,20 @@ class ContextState(BaseState):  # type: ignore[misc]
             self.is_own_code = False
 
     def stream(self, name: str, hidden_states: Tensor) -> ResidualStream:
-        """The stream under way, or a new one that begins with ``hidden_states``."""
-        if name not in self.streams:
+        """The stream under way, which ``hidden_states`` go on with, or a new one."""
+        if name in self.streams:
+            self.streams[name].follow(hidden_states)
+        else:
             self.streams[name] = ResidualStream(hidden_states, self._arguments[1])
         return self.streams[name]
 
     def leave_stream(self, name: str, hidden_states: Tensor) -> Tensor:
         """End the stream under way, if there is one, and return the hidden states."""
-        stream = self.streams.pop(name, None)
-        return hidden_states if stream is None else stream.flush()
+        if name not in self.streams:
+            return hidden_states
+        hidden_states = self.stream(name, hidden_states).flush()
+        del self.streams[name]
+        return hidden_states
 
 
 class Contexts(StateManager):  # type: ignore[misc]
@@ -88,6 +94,64 @@ class StatefulHook(ModelHook):  # type: ignore[misc]
         """Forget every context."""
         self._contexts.reset()
         return module
+
+
+class BlockHook(StatefulHook):
+    """Runs one block of a model with one stream as the policy decides.
+
+    An adapter names the modules whose outputs are cached, in the order in which they run, and
+    composes a block of them.
+    """
+
+    modules: tuple[str, ...]
+
+    def __init__(self, contexts: Contexts, layer: int, num_layers: int, backend: str) -> None:
+        super().__init__(contexts)
+        self._layer = layer
+        self._num_layers = num_layers
+        self._backend = backend
+
+    def make_lane(self, sites: tuple[Site, ...], num_tokens: int) -> Lane:
+        """The lane of one of the modules, given its sites."""
+        raise NotImplementedError
+
+    def make_sub_layers(
+        self, block: Any, hidden_states: Tensor, **named: Any
+    ) -> tuple[SubLayer, ...]:
+        """The block's modules in this step, from what the block was called with."""
+        raise NotImplementedError
+
+    def new_forward(
+        self, block: Any, hidden_states: Tensor, *arguments: Any, **named: Any
+    ) -> Tensor:
+        """Full blocks run their own code; others are composed of sub-layers."""
+        state = self.state
+        runner = state.runner
+        if self._layer == 0:
+            state.streams.clear()
+            self._begin_step(runner, hidden_states)
+        if runner.is_full([main_site(self._layer, module) for module in self.modules]):
+            hidden_states = state.leave_stream("main", hidden_states)
+            with state.own_code():
+                hidden_states = self.fn_ref.original_forward(hidden_states, *arguments, **named)
+        else:
+            stream = state.stream("main", hidden_states)
+            for sub_layer in self.make_sub_layers(block, hidden_states, **named):
+                run_sub_layer(stream, runner, sub_layer)
+            hidden_states = stream.hidden_states
+        if self._layer == self._num_layers - 1:
+            hidden_states = state.leave_stream("main", hidden_states)
+            runner.end_step()
+        return hidden_states
+
+    def _begin_step(self, runner: Runner, hidden_states: Tensor) -> None:
+        B, N, _ = hidden_states.shape
+        layers = range(self._num_layers)
+        lanes = [
+            self.make_lane(tuple(main_site(layer, module) for layer in layers), N)
+            for module in self.modules
+        ]
+        runner.begin_step(lanes, B, hidden_states.device)
 
 
 class GridHook(StatefulHook):
@@ -134,9 +198,58 @@ class TapHook(StatefulHook):
         return output
 
 
+class ScoreHook(FeatureHook):
+    """Also scores the layer's tokens; the model keeps its fused attention.
+
+    ``register_score_hook`` puts it on an attention, and taps query and key.
+    """
+
+    def __init__(
+        self, contexts: Contexts, site: Site, scored_sites: Sequence[Site], backend: str
+    ) -> None:
+        super().__init__(contexts, site)
+        self._scored_sites = scored_sites
+        self._backend = backend
+
+    def compute_scores(self, attention: Any, query: Tensor, key: Tensor) -> Tensor:
+        """(B, N), of query (B, N, H, E) and key."""
+        received = ops.attention_received(
+            query, key, softmax_scale=attention.scale, backend=self._backend
+        )
+        return received.mean(dim=1)
+
+    def post_forward(self, attention: Any, output: Tensor) -> Tensor:
+        """Keep the scores where a later step will select among the tokens by them."""
+        state = self.state
+        runner = state.runner
+        if state.is_own_code:
+            query, key = (
+                state.taps.pop(name).unflatten(-1, (attention.heads, -1))
+                for name in ("query", "key")
+            )
+            scored = [site for site in self._scored_sites if runner.is_selected(site)]
+            if scored and runner.is_remembered(self._site):
+                scores = self.compute_scores(attention, query, key)
+                for site in scored:
+                    runner.store_scores(site, scores)
+        return super().post_forward(attention, output)
+
+
+def main_site(layer: int, module: str) -> Site:
+    """Where the output of a block's module is cached, in a model with one stream."""
+    return Site("main", layer, module)
+
+
 def register(module: nn.Module, hook: ModelHook) -> None:
     """Put our hook into the module's registry."""
     HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, HOOK_NAME)
+
+
+def register_score_hook(attention: Any, contexts: Contexts, hook: ScoreHook) -> None:
+    """Put the hook on an attention, and taps on its query and key."""
+    register(attention, hook)
+    register(attention.to_q, TapHook(contexts, "query"))
+    register(attention.to_k, TapHook(contexts, "key"))
 
 
 def expect_part(wanted: str, got: object, is_fine: bool) -> None:
@@ -150,11 +263,35 @@ def expect_part(wanted: str, got: object, is_fine: bool) -> None:
 def mlp_of(feed_forward: Any) -> Mlp:
     """Take the fused path where the MLP is two plain linear layers around a GELU."""
     first, *_, last = feed_forward.net
-    layers = (getattr(first, "proj", None), last)
-    is_plain = type(first).__name__ == "GELU" and all(
-        type(layer) is nn.Linear and not layer._forward_hooks and not layer._forward_pre_hooks
-        for layer in layers
-    )
-    if not is_plain or feed_forward.training:
+    is_fused = type(first).__name__ == "GELU" and is_plain(first.proj) and is_plain(last)
+    if not is_fused or feed_forward.training:
         return Mlp(feed_forward)
     return Mlp(feed_forward, first.proj, last, _ACTIVATIONS[first.approximate])
+
+
+def is_plain(layer: nn.Module) -> bool:
+    """Whether a call of the layer is a product with its weight and nothing else.
+
+    LoRA and quantised layers are other classes; what moves weights around (offloading) wraps the
+    call, as our own hooks do.
+    """
+    registry = getattr(layer, "_diffusers_hook", None)
+    is_ours = (
+        registry is not None
+        and registry.hooks.keys() <= {HOOK_NAME}
+        and not hasattr(layer, "_hf_hook")
+    )
+    is_wrapped = "forward" in vars(layer) and not is_ours
+    return type(layer) is nn.Linear and not (
+        is_wrapped or layer._forward_hooks or layer._forward_pre_hooks
+    )
+
+
+def modulation_of(norm: nn.LayerNorm, shift: Tensor, scale: Tensor) -> Modulation:
+    """Fold the norm's own weights into shift and scale, both (B, D)."""
+    if norm.weight is not None:
+        # (w * y + b) * (1 + scale) + shift, with y the plain layer norm
+        gain = 1 + scale
+        shift = shift if norm.bias is None else norm.bias * gain + shift
+        scale = norm.weight * gain - 1
+    return Modulation(shift, scale, norm.eps)
