@@ -1,18 +1,25 @@
 """One transformer block under one decision; no diffusers here."""
 
+from .cross_attention import CrossAttentionLayer
+from .flux import JointAttention, ParallelLayer, remember_joint_attention
 from .mlp import Mlp
 from .runner import Lane, Runner
 from .stream import Modulation, ResidualStream
-from .sublayers import MlpLayer, SubLayer, WholeLayer, run_sub_layer
+from .sublayers import MlpLayer, SubLayer, WholeLayer, bring_up_to_date, run_sub_layer
 
 __all__ = [
+    "CrossAttentionLayer",
+    "JointAttention",
     "Lane",
     "Mlp",
     "MlpLayer",
     "Modulation",
+    "ParallelLayer",
     "ResidualStream",
     "Runner",
     "SubLayer",
     "WholeLayer",
+    "bring_up_to_date",
+    "remember_joint_attention",
     "run_sub_layer",
 ]

@@ -37,6 +37,11 @@ class SubLayer(Protocol):
 
 def run_sub_layer(stream: ResidualStream, runner: Runner, sub_layer: SubLayer) -> None:
     """Do what the policy says at this site; the gated output becomes a branch of the stream."""
+    stream.add(bring_up_to_date(stream, runner, sub_layer), sub_layer.gate)
+
+
+def bring_up_to_date(stream: ResidualStream, runner: Runner, sub_layer: SubLayer) -> Tensor:
+    """Do what the policy says at this site; return the output, which nothing is added to yet."""
     site = sub_layer.site
     action = runner.action(site)
     if action is Action.FULL:
@@ -46,7 +51,7 @@ def run_sub_layer(stream: ResidualStream, runner: Runner, sub_layer: SubLayer) -
         output = runner.features.load(site, like=stream.hidden_states)
     if action is Action.PARTIAL:
         sub_layer.recompute_(output, stream, *runner.selection(site))
-    stream.add(output, sub_layer.gate)
+    return output
 
 
 @dataclass(frozen=True)

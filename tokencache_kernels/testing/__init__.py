@@ -2,7 +2,7 @@
 
 from .budget import assert_within_budget, error_budget
 from .inputs import distinct_scores, in_float64, randn, random_indices
-from .models import tiny_dit
+from .models import tiny_dit, tiny_flux, tiny_pixart
 
 __all__ = [
     "assert_within_budget",
@@ -12,4 +12,6 @@ __all__ = [
     "randn",
     "random_indices",
     "tiny_dit",
+    "tiny_flux",
+    "tiny_pixart",
 ]

@@ -10,22 +10,24 @@ from torch import nn
 
 from ...errors import UnsupportedInputError
 from ...policies import Policy
-from . import dit
+from . import dit, flux
 from .hooks import HOOK_NAME
 
 # the model classes supported, by name, and what attaches a policy to each
-_SUPPORTED = {"DiTTransformer2DModel": dit}
+_SUPPORTED = {"DiTTransformer2DModel": dit, "FluxTransformer2DModel": flux}
 
 
 def apply_token_cache(transformer: nn.Module, config: Policy, *, backend: str = "auto") -> None:
     """Make a diffusers transformer follow a token-caching policy from its next call on.
 
-    Full steps run the model's own code; partial steps recompute the MLP of the selected tokens
-    through ``tokencache_kernels.ops`` and reuse everything else. Steps are counted per cache
+    Full steps run the model's own code, on FLUX with our attention where a later step selects by
+    its statistics; partial steps recompute the MLP of the selected tokens through
+    ``tokencache_kernels.ops`` and reuse everything else. Steps are counted per cache
     context (``token_cache_context``); after ``config.num_inference_steps`` calls a new run begins.
 
     Args:
-        transformer: a ``DiTTransformer2DModel``, in any float dtype, on any device.
+        transformer: a ``DiTTransformer2DModel`` or ``FluxTransformer2DModel``, in any float dtype, on
+            any device.
         config: a policy, such as ``ToCaConfig.preset("dit-xl-ddim50")``.
         backend: the backend of all ops; see ``ops.gather_rows``.
 
