@@ -88,4 +88,13 @@ struct SelectParams {
   int64_t stride_staleness_l, stride_staleness_b;
 };
 
+struct InvertIndicesParams {
+  int64_t B, N, S;
+
+  const int32_t* indices;  // [B, S], unit stride along S; outside [0, N): an empty slot
+  int32_t* positions;      // [B, N], contiguous
+
+  int64_t stride_indices_b;
+};
+
 }  // namespace tokencache

@@ -7,6 +7,8 @@
 #include <cstdint>
 #include <optional>
 
+#include "api/describe.h"
+
 // The inputs were checked by tokencache_kernels.ops; nothing below it checks again.
 namespace tokencache {
 namespace {
@@ -42,6 +44,20 @@ void select_tokens_(const Tensor& scores, Tensor staleness, std::optional<Tensor
   });
 }
 
+void invert_indices(const Tensor& indices, Tensor positions) {
+  const InvertIndicesParams params{
+      .B = positions.size(0),
+      .N = positions.size(1),
+      .S = indices.size(1),
+      .indices = indices.const_data_ptr<int32_t>(),
+      .positions = positions.mutable_data_ptr<int32_t>(),
+      .stride_indices_b = indices.stride(0),
+  };
+  torch::stable::parallel_for(
+      0, params.B, rows_per_thread(4 * params.N),
+      [&](int64_t begin, int64_t end) { invert_indices_cpu(params, begin, end); });
+}
+
 }  // namespace
 }  // namespace tokencache
 
@@ -50,8 +66,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(tokencache_kernels_native, m) {
       "select_tokens_(Tensor scores, Tensor(a!) staleness, Tensor? num_fresh, int max_fresh,"
       " float staleness_weight, bool normalize, int grid_height, int grid_width, int tile,"
       " float bonus, Tensor(b!) indices, Tensor(c!) positions) -> ()");
+  m.def("invert_indices(Tensor indices, Tensor(a!) positions) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(tokencache_kernels_native, CPU, m) {
   m.impl("select_tokens_", TORCH_BOX(&tokencache::select_tokens_));
+  m.impl("invert_indices", TORCH_BOX(&tokencache::invert_indices));
 }

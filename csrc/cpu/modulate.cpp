@@ -30,27 +30,38 @@ const T* row_of(const void* base, int64_t offset) {
   return static_cast<const T*>(base) + offset;
 }
 
+// out = x + [gate *] branch; out may be x.
+template <class W>
+void add_row(W* out, const W* x, const W* branch, const W* gate, int64_t n) {
+  if (gate == nullptr) {
+#pragma omp simd
+    for (int64_t d = 0; d < n; ++d) out[d] = x[d] + branch[d];
+  } else {
+#pragma omp simd
+    for (int64_t d = 0; d < n; ++d) out[d] = x[d] + gate[d] * branch[d];
+  }
+}
+
 template <class T>
 void add_branches(const AddBranchesParams& p, int64_t begin, int64_t end) {
-  Scratch<Work<T>> scratch(p.D);
-  auto* __restrict__ sum = scratch.sum();
-  auto* __restrict__ term = scratch.term();
-  auto* __restrict__ factor = scratch.factor();
+  using W = Work<T>;
+  Scratch<W> scratch(p.D);
   for (int64_t row = begin; row < end; ++row) {
     const int64_t b = row / p.N, n = row % p.N;
-    widen_row(row_of<T>(p.x, b * p.stride_x_b + n * p.stride_x_n), sum, p.D);
+    T* out = static_cast<T*>(p.out) + b * p.stride_out_b + n * p.stride_out_n;
+    W* sum = place_row(out, scratch.sum());
+    const T* x = row_of<T>(p.x, b * p.stride_x_b + n * p.stride_x_n);
+    const W* so_far = read_row(x, scratch.sum(), p.D);
     for (int64_t j = 0; j < p.num_branches; ++j) {
       const BranchParams& one = p.branches[j];
-      const int64_t offset = b * one.stride_branch_b + n * one.stride_branch_n;
-      widen_row(row_of<T>(one.branch, offset), term, p.D);
-      if (one.gate == nullptr) {
-        for (int64_t d = 0; d < p.D; ++d) sum[d] += term[d];
-      } else {
-        widen_row(row_of<T>(one.gate, b * one.stride_gate_b), factor, p.D);
-        for (int64_t d = 0; d < p.D; ++d) sum[d] += factor[d] * term[d];
-      }
+      const T* branch = row_of<T>(one.branch, b * one.stride_branch_b + n * one.stride_branch_n);
+      const T* gate = row_of<T>(one.gate, b * one.stride_gate_b);
+      const W* factor = one.gate ? read_row(gate, scratch.factor(), p.D) : nullptr;
+      add_row(sum, so_far, read_row(branch, scratch.term(), p.D), factor, p.D);
+      so_far = sum;
     }
-    round_row(sum, static_cast<T*>(p.out) + b * p.stride_out_b + n * p.stride_out_n, p.D);
+    if (so_far != sum) std::memmove(sum, so_far, p.D * sizeof(W));
+    store_row(sum, out, p.D);
   }
 }
 
@@ -58,9 +69,6 @@ template <class T>
 void gather_modulate(const ModulateParams& p, int64_t begin, int64_t end) {
   using W = Work<T>;
   Scratch<W> scratch(p.D);
-  W* __restrict__ x = scratch.sum();
-  W* __restrict__ shift = scratch.term();
-  W* __restrict__ gain = scratch.factor();
   for (int64_t row = begin; row < end; ++row) {
     const int64_t b = row / p.S;
     T* packed = static_cast<T*>(p.packed) + row * p.D;
@@ -69,9 +77,11 @@ void gather_modulate(const ModulateParams& p, int64_t begin, int64_t end) {
       std::memset(packed, 0, p.D * sizeof(T));
       continue;
     }
-    widen_row(row_of<T>(p.x, b * p.stride_x_b + token * p.stride_x_n), x, p.D);
-    widen_row(row_of<T>(p.shift, b * p.stride_shift_b), shift, p.D);
-    widen_row(row_of<T>(p.scale, b * p.stride_scale_b), gain, p.D);
+    const W* x =
+        read_row(row_of<T>(p.x, b * p.stride_x_b + token * p.stride_x_n), scratch.sum(), p.D);
+    const W* shift = read_row(row_of<T>(p.shift, b * p.stride_shift_b), scratch.term(), p.D);
+    const W* scale = read_row(row_of<T>(p.scale, b * p.stride_scale_b), scratch.factor(), p.D);
+    W* out = place_row(packed, scratch.sum());
 
     W total = 0;
 #pragma omp simd reduction(+ : total)
@@ -81,9 +91,10 @@ void gather_modulate(const ModulateParams& p, int64_t begin, int64_t end) {
 #pragma omp simd reduction(+ : squares)
     for (int64_t d = 0; d < p.D; ++d) squares += (x[d] - mean) * (x[d] - mean);
     const W variance = squares / static_cast<W>(p.D) + static_cast<W>(p.eps);
-    const W rstd = W{1} / __builtin_sqrt(variance);
-    for (int64_t d = 0; d < p.D; ++d) x[d] = (x[d] - mean) * rstd * (W{1} + gain[d]) + shift[d];
-    round_row(x, packed, p.D);
+    const W rstd = W{1} / static_cast<W>(__builtin_sqrt(variance));
+#pragma omp simd
+    for (int64_t d = 0; d < p.D; ++d) out[d] = (x[d] - mean) * rstd * (W{1} + scale[d]) + shift[d];
+    store_row(out, packed, p.D);
   }
 }
 

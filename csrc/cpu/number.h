@@ -54,8 +54,6 @@ inline Bfloat16 round_to_bfloat16(float x) {
   return {static_cast<uint16_t>((x == x ? rounded : bits | 0x400000) >> 16)};
 }
 
-inline void widen_row(const double* x, double* out, int64_t n) { std::memcpy(out, x, n * 8); }
-inline void widen_row(const float* x, float* out, int64_t n) { std::memcpy(out, x, n * 4); }
 inline void widen_row(const Bfloat16* x, float* out, int64_t n) {
   for (int64_t i = 0; i < n; ++i) out[i] = widen(x[i]);
 }
@@ -74,8 +72,6 @@ inline void widen_row(const Float16* x, float* out, int64_t n) {
   }
 }
 
-inline void round_row(const double* x, double* out, int64_t n) { std::memcpy(out, x, n * 8); }
-inline void round_row(const float* x, float* out, int64_t n) { std::memcpy(out, x, n * 4); }
 inline void round_row(const float* x, Bfloat16* out, int64_t n) {
   for (int64_t i = 0; i < n; ++i) out[i] = round_to_bfloat16(x[i]);
 }
@@ -91,6 +87,31 @@ inline void round_row(const float* x, Float16* out, int64_t n) {
     const auto value = static_cast<_Float16>(x[i]);
     std::memcpy(out + i, &value, sizeof value);
   }
+}
+
+// The row in the type that is worked in: itself where it has that type, else written to scratch.
+inline const double* read_row(const double* x, double*, int64_t) { return x; }
+inline const float* read_row(const float* x, float*, int64_t) { return x; }
+template <class T>
+const float* read_row(const T* x, float* scratch, int64_t n) {
+  widen_row(x, scratch, n);
+  return scratch;
+}
+
+// Where to work on a row of the result: in place where it has the type that is worked in.
+inline double* place_row(double* out, double*) { return out; }
+inline float* place_row(float* out, float*) { return out; }
+template <class T>
+float* place_row(T*, float* scratch) {
+  return scratch;
+}
+
+// Stores a row that was worked on in its place.
+inline void store_row(const double*, double*, int64_t) {}
+inline void store_row(const float*, float*, int64_t) {}
+template <class T>
+void store_row(const float* x, T* out, int64_t n) {
+  round_row(x, out, n);
 }
 
 // Calls f with a value of the element type.

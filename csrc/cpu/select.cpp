@@ -93,4 +93,15 @@ void select_tokens_cpu(const SelectParams& p, int64_t begin, int64_t end) {
   }
 }
 
+void invert_indices_cpu(const InvertIndicesParams& p, int64_t begin, int64_t end) {
+  for (int64_t sample = begin; sample < end; ++sample) {
+    int32_t* positions = p.positions + sample * p.N;
+    std::fill(positions, positions + p.N, -1);
+    for (int64_t slot = 0; slot < p.S; ++slot) {
+      const int64_t token = p.indices[sample * p.stride_indices_b + slot];
+      if (token >= 0 && token < p.N) positions[token] = static_cast<int32_t>(slot);
+    }
+  }
+}
+
 }  // namespace tokencache

@@ -7,13 +7,14 @@ from .linear import linear, linear_scatter_
 from .mlp import mlp_
 from .modulate import add_branches, gather_modulate, row_pass
 from .rows import gather_rows, scatter_rows_
-from .select import select_tokens_
+from .select import invert_indices, select_tokens_
 
 __all__ = [
     "add_branches",
     "build_info",
     "gather_modulate",
     "gather_rows",
+    "invert_indices",
     "library_path",
     "linear",
     "linear_scatter_",

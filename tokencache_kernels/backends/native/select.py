@@ -28,3 +28,10 @@ def select_tokens_(
         *(grid or (0, 0)), tile, bonus, indices, positions,
     )  # fmt: skip
     return indices, positions
+
+
+def invert_indices(indices: Tensor, num_tokens: int) -> Tensor:
+    """positions[b, indices[b, s]] = s, and -1 for every token that is not selected."""
+    positions = indices.new_empty(indices.shape[0], num_tokens)
+    OPS.invert_indices(indices, positions)
+    return positions
