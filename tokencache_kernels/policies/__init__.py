@@ -1,6 +1,15 @@
 """Policies: when (schedule) x where (router) x which (selector), and what they will cost."""
 
 from .decisions import Action, Decision, Policy, Site, Step, count_fresh
+from .learning_to_cache import (
+    ROUTER_PRESETS,
+    CacheRouter,
+    LearningToCacheConfig,
+    RouterPreset,
+    import_router,
+    load_router,
+    save_router,
+)
 from .models import MODELS, SHAPES, Model, PublishedCode, published_cache_bytes
 from .plan import Plan, StepPlan, cache_bytes, make_plan
 from .predictors import (
@@ -34,13 +43,16 @@ from .tokencache import (
 
 __all__ = [
     "MODELS",
+    "ROUTER_PRESETS",
     "SHAPES",
     "Action",
     "AdaptiveSchedule",
+    "CacheRouter",
     "ContentPredictor",
     "Decision",
     "FactorRouter",
     "IntervalSchedule",
+    "LearningToCacheConfig",
     "Model",
     "ModelShape",
     "ModuleShape",
@@ -51,6 +63,7 @@ __all__ = [
     "PublishedCode",
     "RandomSelector",
     "Router",
+    "RouterPreset",
     "Schedule",
     "ScoreSelector",
     "Selector",
@@ -69,7 +82,9 @@ __all__ = [
     "dit_shape",
     "flux_shape",
     "fora",
+    "import_router",
     "load_predictor",
+    "load_router",
     "make_plan",
     "opensora_shape",
     "pixart_shape",
@@ -77,4 +92,5 @@ __all__ = [
     "random_tokens",
     "rank_scores",
     "save_predictor",
+    "save_router",
 ]
