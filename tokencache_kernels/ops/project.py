@@ -85,8 +85,8 @@ def project_qkv_(
         bias: (3 * H * E,), likewise, or three of (H * E,); None: no bias.
         norm: the norm of each head, weights and biases (E,) of the same dtype, or None.
         rotary: cosine and sine, with the same strides, or None; (T, E), or (B, T, E) where samples
-            differ, for positions 0 to T - 1, T >= N, with pairs interleaved; dtype of
-            ``key_cache`` or float32.
+            differ, for positions 0 to T - 1, T >= N; dtype of ``key_cache`` or float32. Channels
+            2i and 2i + 1 are a pair, whose angle stands in both columns.
         all_keys: refresh the keys and values of all tokens; the query is still that of ``indices``,
             and of an empty slot that of a row of zeros.
         backend: see ``attention``.

@@ -95,10 +95,15 @@ def _normalise(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str, eps: f
 
 
 def _rotate(x: Tensor, tokens: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """Pairs (x[2i], x[2i + 1]) turned by the angle of the token; tables (N, E) or (B, N, E)."""
+    """Pairs (x[2i], x[2i + 1]) turned by the angle in column 2i of the token's row.
+
+    Tables (T, E) or (B, T, E); column 2i + 1 repeats column 2i, and is not read.
+    """
     safe, _ = split_empty(tokens, cosine.shape[-2])
     batch = torch.arange(len(safe), device=safe.device)[:, None]
-    cosine, sine = (t.expand(len(safe), -1, -1)[batch, safe][:, :, None] for t in (cosine, sine))
+    cosine, sine = (
+        table.expand(len(safe), -1, -1)[batch, safe, None, ::2] for table in (cosine, sine)
+    )
     even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
-    turned = torch.stack((-odd, even), dim=-1).flatten(-2)
-    return (x * cosine + turned * sine).to(x.dtype)
+    turned = torch.stack((even * cosine - odd * sine, odd * cosine + even * sine), dim=-1)
+    return turned.flatten(-2).to(x.dtype)
