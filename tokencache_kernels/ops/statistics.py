@@ -34,27 +34,36 @@ def _run_token_change(new: Tensor, old: Tensor, metric: str, backend: str) -> Te
     return out
 
 
+def _wide(x: Tensor) -> torch.dtype:
+    """The dtype of a statistic of ``x``."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _new_empty(x: Tensor, *shape: int) -> Tensor:
+    return x.new_empty(shape, dtype=_wide(x))
+
+
 _attention_received = define(
     "attention_received(Tensor query, Tensor key, Tensor? lse, float softmax_scale, str backend)"
     " -> Tensor",
     _run_attention_received,
-    lambda query, key, *_: query.new_empty(query.shape[0], query.shape[2], key.shape[1]),
+    lambda query, key, *_: _new_empty(query, query.shape[0], query.shape[2], key.shape[1]),
 )
 _attention_entropy = define(
     "attention_entropy(Tensor query, Tensor key, Tensor? key_lengths, float softmax_scale,"
     " str backend) -> Tensor",
     _run_attention_entropy,
-    lambda query, *_: query.new_empty(query.shape[:2]),
+    lambda query, *_: _new_empty(query, *query.shape[:2]),
 )
 _head_norms = define(
     "head_norms(Tensor x, str backend) -> Tensor",
     _run_head_norms,
-    lambda x, backend: x.new_empty(x.shape[:2]),
+    lambda x, *_: _new_empty(x, *x.shape[:2]),
 )
 _token_change = define(
     "token_change(Tensor new, Tensor old, str metric, str backend) -> Tensor",
     _run_token_change,
-    lambda new, old, metric, backend: new.new_empty(new.shape[:2]),
+    lambda new, *_: _new_empty(new, *new.shape[:2]),
 )
 
 
@@ -64,21 +73,30 @@ def attention_received(
     *,
     lse: Tensor | None = None,
     softmax_scale: float | None = None,
+    query_stride: int = 1,
     backend: str = "auto",
 ) -> Tensor:
     """The attention that each key receives, averaged over the queries.
 
-    ``out[b, h, n] = mean_s softmax(query[b, s, h] @ key[b, :, h].T * softmax_scale)[n]``.
+    ``out[b, h, n] = mean_s softmax(query[b, s, h] @ key[b, :, h].T * softmax_scale)[n]``. The map
+    is never held whole: scratch grows with the number of tokens, not with its square.
 
     Args:
         query: (B, S, H, E), any float dtype; stride 1 along E.
         key: (B, N, H, E), dtype and device of ``query``.
-        lse: (B, H, S), the log-sum-exp that the attention forward returned, or None to compute it.
+        lse: (B, H, S) float32 (float64 for float64 inputs), the log-sum-exp that the attention
+            forward returned over these keys and with this scale, or None to compute it.
         softmax_scale: the factor before the softmax; None: 1 / sqrt(E).
+        query_stride: the mean is over query 0 and every ``query_stride``-th after it, at that
+            fraction of the work. The relative error is about ``c * sqrt((query_stride - 1) / S)``,
+            ``c`` the standard deviation of a key's weights over the queries, in units of their mean
+            (docs/adr/0018 has measurements). Where tokens lie on a grid, take a stride that shares
+            no factor with its width, or whole columns of queries are left out.
         backend: ``"auto"``, ``"triton"``, ``"native"`` or ``"reference"``.
 
     Returns:
-        (B, H, N); sums to 1 over N. Take the mean over H for the head-averaged score.
+        (B, H, N), float32 (float64 for float64 inputs); sums to 1 over N, and is zero where S = 0.
+        Take the mean over H for the head-averaged score.
 
     Raises:
         ValueError: a shape, stride, device or backend name does not fit.
@@ -90,9 +108,16 @@ def attention_received(
         s1 of ToCa (arXiv:2410.05317, section 3), up to a constant factor.
     """
     softmax_scale = _check_queries("attention_received", query, key, softmax_scale)
+    if query_stride < 1:
+        fail("attention_received", "query_stride", "be at least 1", query_stride)
     B, S, H, _ = query.shape
     if lse is not None:
-        expect("attention_received", "lse", lse, (B, H, S), "(B, H, S)", like=query)
+        expect(
+            "attention_received", "lse", lse, (B, H, S), "(B, H, S)",
+            like=query, dtypes=(_wide(query),),
+        )  # fmt: skip
+        lse = lse[..., ::query_stride]
+    query = query[:, ::query_stride]
     if backend == "reference":
         return reference.attention_received(query, key, lse, softmax_scale)
     expect_no_grad("attention_received", query, key, lse)
@@ -116,12 +141,12 @@ def attention_entropy(
     Args:
         query: (B, S, H, E), any float dtype; stride 1 along E.
         key: (B, N, H, E), dtype and device of ``query``; the text tokens of a cross-attention.
-        key_lengths: (B,) int32, how many keys each sample has, at least 1, or None.
+        key_lengths: (B,) int32, how many keys each sample has, or None: all. Clipped to [0, N].
         softmax_scale: see ``attention_received``.
         backend: see ``attention_received``.
 
     Returns:
-        (B, S), in [0, log N].
+        (B, S), float32 (float64 for float64 inputs), in [0, log N]; 0 where a sample has no key.
 
     Raises:
         ValueError, TypeError, RuntimeError, BackendUnavailableError: see ``attention_received``.
@@ -150,7 +175,7 @@ def head_norms(x: Tensor, *, backend: str = "auto") -> Tensor:
         backend: see ``attention_received``.
 
     Returns:
-        (B, N).
+        (B, N), float32 (float64 for float64 inputs).
 
     Raises:
         ValueError, TypeError, RuntimeError, BackendUnavailableError: see ``attention_received``.
@@ -158,7 +183,7 @@ def head_norms(x: Tensor, *, backend: str = "auto") -> Tensor:
     Source:
         The value-norm score of DuCa (arXiv:2412.18911) and ToCa's attention-free variants.
     """
-    expect("head_norms", "x", x, (None, None, None, None), "(B, N, H, E)")
+    _expect_heads("head_norms", "x", x, "(B, N, H, E)")
     if backend == "reference":
         return reference.head_norms(x)
     expect_no_grad("head_norms", x)
@@ -171,7 +196,8 @@ def token_change(
 ) -> Tensor:
     """How far each token has moved since the last step.
 
-    ``cosine``: ``1 - cos(new, old)``; ``relative_l1``: ``|new - old|_1 / |old|_1``.
+    ``cosine``: ``1 - cos(new, old)``, and 1 where either is zero; ``relative_l1``:
+    ``|new - old|_1 / max(|old|_1, 1e-12)``.
 
     Args:
         new: (B, N, D), any float dtype; stride 1 along D.
@@ -180,7 +206,7 @@ def token_change(
         backend: see ``attention_received``.
 
     Returns:
-        (B, N).
+        (B, N), float32 (float64 for float64 inputs).
 
     Raises:
         ValueError, TypeError, RuntimeError, BackendUnavailableError: see ``attention_received``.
@@ -201,7 +227,14 @@ def token_change(
 
 def _check_queries(op: str, query: Tensor, key: Tensor, softmax_scale: float | None) -> float:
     """Check query and key; return the scale."""
-    expect(op, "query", query, (None, None, None, None), "(B, S, H, E)")
+    _expect_heads(op, "query", query, "(B, S, H, E)")
     B, _, H, E = query.shape
     expect(op, "key", key, (B, None, H, E), "(B, N, H, E)", like=query)
     return E**-0.5 if softmax_scale is None else softmax_scale
+
+
+def _expect_heads(op: str, name: str, x: Tensor, letters: str) -> None:
+    """Check (B, N, H, E) features of heads that are there."""
+    expect(op, name, x, (None, None, None, None), letters)
+    if 0 in x.shape[2:]:
+        fail(op, name, "have at least one head of at least one channel", tuple(x.shape))
