@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from tokencache_kernels.policies import (
     SHAPES,
     Action,
+    ContentPredictor,
     Decision,
     PercentileSchedule,
     Policy,
@@ -166,6 +167,43 @@ def test_full_steps_are_those_of_the_schedule():
     plan = make_plan(config(schedule=TwoPhaseSchedule(3, 2, 0.5)), SHAPES["demo"])
 
     assert plan.full_steps == (0, 4, 6, 9)
+
+
+@pytest.mark.parametrize(
+    ("variant", "flops"),
+    [
+        ("kv_all", lambda k, N, D: 4 * k * D * D + 4 * N * D * D + 4 * k * N * D + N * D),
+        ("kv_cache", lambda k, N, D: 8 * k * D * D + 4 * k * N * D + k * D),
+        ("sel_only", lambda k, N, D: 8 * k * D * D + 4 * k * k * D + k * D),
+    ],
+)
+def test_partial_attention_costs_what_its_variant_does(variant, flops):
+    k, N, D, heads = 48, TOKENS, 128, 4
+    (module,) = [module for module in SHAPES["demo"].stacks[0].modules if module.name == "attn"]
+
+    softmax = 5 * heads * k * (k if variant == "sel_only" else N)
+    assert module.flops(Decision(Action.PARTIAL, k, variant)) == flops(k, N, D) + softmax
+
+
+def test_attention_of_all_tokens_costs_as_much_as_in_full():
+    (module,) = [module for module in SHAPES["demo"].stacks[0].modules if module.name == "attn"]
+
+    for variant in ("kv_all", "kv_cache", "sel_only"):
+        assert module.flops(Decision(Action.PARTIAL, TOKENS, variant)) == module.flops_full
+
+
+def test_the_plan_counts_the_predictor_in_the_steps_that_ask_it():
+    made = ContentPredictor(LAYERS, TOKENS, STEPS, hidden=128, width=32, num_heads=1)
+    made.importance.copy_(predictor().importance)
+    schedule = TwoPhaseSchedule(3, 2, 0.5)
+    plans = [
+        make_plan(TokenCacheConfig(one, STEPS, schedule=schedule), SHAPES["demo"])
+        for one in (made, predictor())
+    ]
+
+    for content, table in zip(*(plan.steps for plan in plans), strict=True):
+        extra = 0 if content.is_full else 2 * made.flops
+        assert content.flops == table.flops + extra
 
 
 def test_everything_cached_is_reuse_and_nothing_cached_is_full():

@@ -3,7 +3,7 @@
 import ctypes
 from dataclasses import dataclass
 from enum import Enum
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from ..ops._checks import fail
 
@@ -49,12 +49,22 @@ class Step:
         return self.total - 1 - self.index if counts_down else self.index
 
 
+# what the fresh queries of a self-attention see: all tokens as they are now, cached keys and values
+# refreshed at the fresh tokens, or the fresh tokens alone
+AttentionVariant = Literal["kv_all", "kv_cache", "sel_only"]
+ATTENTION_VARIANTS: tuple[AttentionVariant, ...] = ("kv_all", "kv_cache", "sel_only")
+
+
 @dataclass(frozen=True)
 class Decision:
-    """What to do at a site, and how many tokens of each sample are fresh."""
+    """What to do at a site, and how many tokens of each sample are fresh.
+
+    ``attention`` matters at self-attention sites that are computed in part.
+    """
 
     action: Action
     num_fresh: int
+    attention: AttentionVariant = "kv_all"
 
 
 class Policy(Protocol):

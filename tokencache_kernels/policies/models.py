@@ -143,7 +143,7 @@ def published_cache_bytes(
             is_unread = (stack.stream, module.name) == ("single", "mlp")
             width = shape.hidden + (published.unread_width if is_unread else 0)
             features += layers * width * element_size
-            if module.flops_per_fresh:
+            if module.name != "attn":
                 staleness += layers * 4
             if module.name in published.mapped:
                 keys = module.num_keys * (shape.batch if module.name == "cross" else 1)

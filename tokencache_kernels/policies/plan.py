@@ -1,11 +1,12 @@
 """What a policy will do to a model, step by step, and what that costs; nothing is run."""
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from .decisions import Action, Decision, Policy, Site, Step
 from .shapes import ModelShape
+from .tokencache import TokenCacheConfig
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,13 @@ def _plan_step(policy: Policy, shape: ModelShape, step: Step) -> StepPlan:
                 site = Site(stack.stream, layer, module.name)
                 decisions[site] = policy.decide(site, step, module.num_tokens)
                 flops += module.flops(decisions[site])
+    if isinstance(policy, TokenCacheConfig) and _has_partial(decisions.values()):
+        flops += policy.predictor.flops
     return StepPlan(decisions, shape.batch * flops)
+
+
+def _has_partial(decisions: Iterable[Decision]) -> bool:
+    return any(decision.action is Action.PARTIAL for decision in decisions)
 
 
 def cache_bytes(plan: Plan, shape: ModelShape, element_size: int) -> dict[str, int]:

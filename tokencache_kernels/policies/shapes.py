@@ -19,12 +19,15 @@ class ModuleShape:
     flops_full: int
     # the keys that a token attends to: none in an MLP
     num_keys: int = 0
-    # self-attention is all or nothing: it has no cost per fresh token
+    # what each fresh token costs
     flops_per_fresh: int = 0
     # what a partial step costs as soon as one token is fresh, such as the keys of the text
     flops_if_fresh: int = 0
     # what every step costs that is not full
     flops_always: int = 0
+    # self-attention, whose tokens are also keys: what each costs as one, and a fresh token with it
+    flops_per_key: int = 0
+    flops_per_pair: int = 0
 
     def flops(self, decision: Decision) -> int:
         """The FLOPs of one sample and layer under ``decision``."""
@@ -32,8 +35,13 @@ class ModuleShape:
             return self.flops_full
         if decision.action is Action.REUSE:
             return self.flops_always
-        fresh = decision.num_fresh * self.flops_per_fresh
-        return self.flops_always + self.flops_if_fresh + fresh
+        fresh = decision.num_fresh
+        projected = self.num_tokens if decision.attention == "kv_all" else fresh
+        attended = self.num_keys
+        if decision.attention == "sel_only":
+            attended = attended * fresh // self.num_tokens
+        keys = projected * self.flops_per_key + fresh * attended * self.flops_per_pair
+        return self.flops_always + self.flops_if_fresh + fresh * self.flops_per_fresh + keys
 
 
 @dataclass(frozen=True)
@@ -177,11 +185,14 @@ def _self_attention(
     projects_output: bool = True,
     flops_always: int = 0,
 ) -> ModuleShape:
-    projections = (8 if projects_output else 6) * hidden * hidden
-    per_token = hidden + projections + 4 * num_keys * hidden + 5 * heads * num_keys
+    per_fresh = (4 if projects_output else 2) * hidden * hidden
+    per_key = hidden + 4 * hidden * hidden
+    per_pair = 4 * hidden + 5 * heads
+    flops_full = num_tokens * (per_fresh + per_key + num_keys * per_pair)
     return ModuleShape(
-        "attn", num_tokens, num_tokens * per_token, num_keys, flops_always=flops_always
-    )
+        "attn", num_tokens, flops_full, num_keys, per_fresh, flops_always=flops_always,
+        flops_per_key=per_key, flops_per_pair=per_pair,
+    )  # fmt: skip
 
 
 def _cross_attention(hidden: int, heads: int, num_tokens: int, text_tokens: int) -> ModuleShape:

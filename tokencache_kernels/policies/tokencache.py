@@ -7,19 +7,23 @@ import math
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cached_property, lru_cache
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from ..ops._checks import fail
-from .decisions import Action, Decision, Site, Step, count_fresh
+from .decisions import (
+    ATTENTION_VARIANTS,
+    Action,
+    AttentionVariant,
+    Decision,
+    Site,
+    Step,
+    count_fresh,
+)
 from .predictors import Predictor
 from .schedules import Schedule
 from .selectors import ScoreSelector
-
-AttentionVariant = Literal["kv_all", "kv_cache", "sel_only"]
-ATTENTION_VARIANTS: tuple[AttentionVariant, ...] = ("kv_all", "kv_cache", "sel_only")
 
 
 @dataclass(frozen=True)
@@ -214,4 +218,4 @@ class TokenCacheConfig:
         count = self.fresh_counts[step.index][site.layer]
         if count == num_tokens or self.schedule.is_full(site, step):
             return Decision(Action.FULL, num_tokens)
-        return Decision(Action.PARTIAL if count else Action.REUSE, count)
+        return Decision(Action.PARTIAL if count else Action.REUSE, count, self.attention)
