@@ -6,7 +6,6 @@ from diffusers import DDIMScheduler
 from torch import nn
 
 from tokencache_kernels.errors import UnsupportedInputError
-from tokencache_kernels.integrations.diffusers import predict
 from tokencache_kernels.integrations.diffusers.predict import (
     calibrate_predictor,
     make_content_predictor,
@@ -14,6 +13,7 @@ from tokencache_kernels.integrations.diffusers.predict import (
     read_inputs,
     train_predictor,
 )
+from tokencache_kernels.integrations.diffusers.superpose import run_step_before
 from tokencache_kernels.policies import TablePredictor, rank_scores
 from tokencache_kernels.policies.training import TrainingSettings
 from tokencache_kernels.testing import randn, tiny_dit
@@ -157,7 +157,7 @@ def test_the_step_before_leads_where_the_sampler_goes():
     clean, noise = randn(2, 2, 8, 8), randn(2, 2, 8, 8, seed=1)
     labels, steps = torch.tensor([3, 4]), torch.tensor([2, 2])
 
-    got = predict._run_step_before(model, ddim, clean, labels, noise, steps)
+    got = run_step_before(model, ddim, clean, labels, noise, steps)
 
     time = ddim.timesteps[1]
     noisy = ddim.add_noise(clean, noise, time.expand(2))
@@ -170,11 +170,11 @@ def test_samples_at_different_steps_are_those_samples_alone():
     clean, noise = randn(2, 2, 8, 8), randn(2, 2, 8, 8, seed=1)
     labels, steps = torch.tensor([3, 4]), torch.tensor([1, 3])
 
-    together = predict._run_step_before(model, ddim, clean, labels, noise, steps)
+    together = run_step_before(model, ddim, clean, labels, noise, steps)
 
     for place in range(2):
         one = [value[place : place + 1] for value in (clean, labels, noise, steps)]
-        alone = predict._run_step_before(model, ddim, *one)
+        alone = run_step_before(model, ddim, *one)
         torch.testing.assert_close(together[place : place + 1], alone)
 
 

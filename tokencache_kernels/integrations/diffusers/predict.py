@@ -1,6 +1,6 @@
 """TokenCache's predictor on a diffusers transformer: what it reads, how it is trained."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +10,7 @@ from torch import Tensor, nn
 from ...ops._checks import fail
 from ...policies import ContentPredictor, Predictor, TablePredictor, rank_scores
 from ...policies.training import TrainingSettings, train_module
-from .superpose import Superposition, find_sublayers
-
-# takes the generator of the run; gives clean latents (B, C, H, W) and class labels (B,)
-Draw = Callable[[torch.Generator], tuple[Tensor, Tensor]]
+from .superpose import Draw, Superposition, find_sublayers, run_step_before
 
 
 def read_inputs(
@@ -116,7 +113,7 @@ def train_predictor(
         noise = torch.randn(latents.shape, generator=generator).to(latents)
         with torch.no_grad():
             with superposition.recording():
-                latents = _run_step_before(transformer, scheduler, latents, labels, noise, steps)
+                latents = run_step_before(transformer, scheduler, latents, labels, noise, steps)
             timestep = scheduler.timesteps[steps].to(latents.device)
             exact = transformer(latents, timestep=timestep, class_labels=labels).sample
             inputs = read_inputs(transformer, latents, timestep, labels)
@@ -165,29 +162,6 @@ def calibrate_predictor(
             importance[step] += rank_scores(scores)
     importance[0] = importance[min(1, predictor.num_steps - 1)]
     predictor.importance.copy_(importance / num_batches)
-
-
-def _run_step_before(
-    transformer: Any,
-    scheduler: Any,
-    latents: Tensor,
-    labels: Tensor,
-    noise: Tensor,
-    steps: Tensor,
-) -> Tensor:
-    """Noise clean latents up to the step before ``steps`` (B,), and take one DDIM step."""
-    timesteps = scheduler.timesteps
-    before = timesteps[steps - 1].to(latents.device)
-    noisy = scheduler.add_noise(latents, noise, before)
-    # a model with a learned variance gives that after the noise
-    predicted = transformer(noisy, timestep=before, class_labels=labels).sample
-    predicted = predicted[:, : latents.shape[1]]
-    kept_before, kept = (
-        scheduler.alphas_cumprod[time][:, None, None, None].to(latents)
-        for time in (timesteps[steps - 1], timesteps[steps])
-    )
-    clean = (noisy - (1 - kept_before).sqrt() * predicted) / kept_before.sqrt()
-    return kept.sqrt() * clean + (1 - kept).sqrt() * predicted
 
 
 def _sizes(transformer: Any) -> tuple[int, int]:

@@ -1,15 +1,19 @@
 """Superpose a transformer's cached and fresh features, to learn which of them a step needs."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ... import ops
 from ...errors import CacheMissError, UnsupportedInputError
 from ...policies import Site
+
+# takes the generator of the run; gives clean latents (B, C, H, W) and class labels (B,)
+Draw = Callable[[torch.Generator], tuple[Tensor, Tensor]]
 
 # the model classes supported, by name
 _SUPPORTED = ("DiTTransformer2DModel",)
@@ -102,3 +106,26 @@ def find_sublayers(transformer: Any) -> dict[Site, nn.Module]:
         sublayers[Site("main", layer, "attn")] = block.attn1
         sublayers[Site("main", layer, "mlp")] = block.ff
     return sublayers
+
+
+def run_step_before(
+    transformer: Any,
+    scheduler: Any,
+    latents: Tensor,
+    labels: Tensor,
+    noise: Tensor,
+    steps: Tensor,
+) -> Tensor:
+    """Noise clean latents up to the step before ``steps`` (B,), and take one DDIM step."""
+    timesteps = scheduler.timesteps
+    before = timesteps[steps - 1].to(latents.device)
+    noisy = scheduler.add_noise(latents, noise, before)
+    # a model with a learned variance gives that after the noise
+    predicted = transformer(noisy, timestep=before, class_labels=labels).sample
+    predicted = predicted[:, : latents.shape[1]]
+    kept_before, kept = (
+        scheduler.alphas_cumprod[time][:, None, None, None].to(latents)
+        for time in (timesteps[steps - 1], timesteps[steps])
+    )
+    clean = (noisy - (1 - kept_before).sqrt() * predicted) / kept_before.sqrt()
+    return kept.sqrt() * clean + (1 - kept).sqrt() * predicted
