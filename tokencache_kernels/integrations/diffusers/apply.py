@@ -10,11 +10,15 @@ from torch import nn
 
 from ...errors import UnsupportedInputError
 from ...policies import Policy
-from . import dit, flux
+from . import dit, flux, pixart
 from .hooks import HOOK_NAME
 
 # the model classes supported, by name, and what attaches a policy to each
-_SUPPORTED = {"DiTTransformer2DModel": dit, "FluxTransformer2DModel": flux}
+_SUPPORTED = {
+    "DiTTransformer2DModel": dit,
+    "FluxTransformer2DModel": flux,
+    "PixArtTransformer2DModel": pixart,
+}
 
 
 def apply_token_cache(transformer: nn.Module, config: Policy, *, backend: str = "auto") -> None:
@@ -26,8 +30,8 @@ def apply_token_cache(transformer: nn.Module, config: Policy, *, backend: str = 
     context (``token_cache_context``); after ``config.num_inference_steps`` calls a new run begins.
 
     Args:
-        transformer: a ``DiTTransformer2DModel`` or ``FluxTransformer2DModel``, in any float dtype, on
-            any device.
+        transformer: a ``DiTTransformer2DModel``, ``FluxTransformer2DModel`` or
+            ``PixArtTransformer2DModel``, in any float dtype, on any device.
         config: a policy, such as ``ToCaConfig.preset("dit-xl-ddim50")``.
         backend: the backend of all ops; see ``ops.gather_rows``.
 
