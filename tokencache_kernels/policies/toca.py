@@ -41,6 +41,7 @@ class ToCaConfig:
         refresh_interval: int | None = None,
         mixed_steps: bool = False,
         seed: int | None = None,
+        shares_guidance: bool | None = None,
     ) -> "ToCaConfig":
         """Build the published setting of a model, or a variation of it.
 
@@ -56,6 +57,9 @@ class ToCaConfig:
             mixed_steps: whether a step may be full in block 0 alone, as in the published code of
                 DiT and PixArt; see ``AdaptiveSchedule``.
             seed: if given, draw the tokens at random with this seed instead of scoring them.
+            shares_guidance: whether both halves of the batch select the same tokens; None: as
+                published. False where the batch has no guidance in it, or where its two passes are
+                two calls.
         """
         if name not in _PRESETS:
             fail("ToCaConfig.preset", "name", f"be one of {', '.join(_PRESETS)}", repr(name))
@@ -67,14 +71,17 @@ class ToCaConfig:
             schedule = replace(schedule, mixed_steps=mixed_steps)
             if ratio == 0:
                 schedule = replace(schedule, slope=0.0, dense_window=None)
+        selector: ScoreSelector | RandomSelector = (
+            row.selector(staleness_weight=STALENESS_GAIN / interval)
+            if seed is None
+            else RandomSelector(seed)
+        )
+        if shares_guidance is not None:
+            selector = replace(selector, shares_guidance=shares_guidance)
         return cls(
             schedule=schedule,
             router=row.router(ratio, num_layers),
-            selector=(
-                row.selector(staleness_weight=STALENESS_GAIN / interval)
-                if seed is None
-                else RandomSelector(seed)
-            ),
+            selector=selector,
             num_inference_steps=(
                 row.num_inference_steps if num_inference_steps is None else num_inference_steps
             ),
