@@ -36,17 +36,13 @@ class _BlockHook(BlockHook):
         return Lane(sites, num_tokens, self.state.grid, is_whole=sites[0].module == "attn")
 
     def make_sub_layers(
-        self,
-        block: Any,
-        hidden_states: Tensor,
-        *,
-        timestep: Tensor,
-        class_labels: Tensor,
-        **_: Any,
+        self, block: Any, hidden_states: Tensor, **named: Any
     ) -> tuple[SubLayer, ...]:
         """Self-attention and MLP."""
         norm = block.norm1
-        embedding = norm.emb(timestep, class_labels, hidden_dtype=hidden_states.dtype)
+        embedding = norm.emb(
+            named["timestep"], named["class_labels"], hidden_dtype=hidden_states.dtype
+        )
         shift_attention, scale_attention, gate_attention, shift, scale, gate_mlp = norm.linear(
             norm.silu(embedding)
         ).chunk(6, dim=1)
