@@ -102,16 +102,15 @@ def _store_heads(
         if bias_ptrs is not None:
             bias = _pick(bias_ptrs[0], bias_ptrs[1], bias_ptrs[2], part) + cols
             total += tl.load(bias, mask=is_col, other=0.0).to(tl.float32)[None, :]
-        if BLOCK_E > 1:
-            if part < 2:
-                if norm_ptrs is not None:
-                    weight_ptr = norm_ptrs[0] if part == 0 else norm_ptrs[1]
-                    bias_ptr = None
-                    if len(norm_ptrs) > 2:
-                        bias_ptr = norm_ptrs[2] if part == 0 else norm_ptrs[3]
-                    total = _normalise_heads(total, weight_ptr, bias_ptr, eps, E, BLOCK_E, NORM)
-                if cosine_rows is not None:
-                    total = _rotate_heads(total, cosine_rows, sine_rows, E, BLOCK_E)
+        if part < 2:
+            if norm_ptrs is not None:
+                weight_ptr = norm_ptrs[0] if part == 0 else norm_ptrs[1]
+                bias_ptr = None
+                if len(norm_ptrs) > 2:
+                    bias_ptr = norm_ptrs[2] if part == 0 else norm_ptrs[3]
+                total = _normalise_heads(total, weight_ptr, bias_ptr, eps, E, BLOCK_E, NORM)
+            if cosine_rows is not None:
+                total = _rotate_heads(total, cosine_rows, sine_rows, E, BLOCK_E)
         out_ptrs = out_rows[:, None] + cols[None, :]
         out = round_to(total, out_rows.dtype.element_ty)
         tl.store(out_ptrs, out, mask=is_row[:, None] & is_col[None, :])
