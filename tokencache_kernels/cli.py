@@ -17,6 +17,7 @@ COMMANDS = {
     "evaluate": ("demo.evaluate", "measure a policy's quality and time over many digits"),
     "info": ("info", "say what can run here, what cannot, and why"),
     "plan": ("plan", "show what a policy computes at each step, and the arithmetic it saves"),
+    "train": ("demo.train_policy", "train a router on the demo's model and digits"),
     "compile-report": (
         "backends.triton.compile_gate",
         "compile every Triton kernel for given GPUs, without having one",
