@@ -8,7 +8,20 @@
 
 #include "params.h"
 
-// What the torch-facing files share: how a tensor is described to a loop.
+#ifdef TOKENCACHE_CUDA
+#include <cuda_runtime_api.h>
+#define TOKENCACHE_KEY CUDA
+
+// It lives in torch's CUDA library, which a CPU build of torch does not have: weak, so that this
+// library loads there all the same.
+extern "C" __attribute__((weak)) AOTITorchError
+aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
+#else
+#define TOKENCACHE_KEY CPU
+#endif
+
+// What the torch-facing files share. Each is compiled twice: as it is for the CPU, with the
+// schemas, and with TOKENCACHE_CUDA for the kernels.
 namespace tokencache {
 
 inline Type type_of(const torch::stable::Tensor& tensor) {
@@ -25,9 +38,28 @@ inline Type type_of(const torch::stable::Tensor& tensor) {
   }
 }
 
+#ifdef TOKENCACHE_CUDA
+
+// The stream that torch launches on, on the device of the tensor.
+inline cudaStream_t stream_of(const torch::stable::Tensor& tensor) {
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+
+// Every launch is followed by this.
+inline void check_launch(const char* op, cudaError_t error) {
+  STD_TORCH_CHECK(error == cudaSuccess, op, ": the launch must succeed, got ",
+                  cudaGetErrorString(error));
+}
+
+#else
+
 // The least number of rows that is worth a thread of its own: 64 KiB of copying.
 inline int64_t rows_per_thread(int64_t bytes_per_row) {
   return std::max<int64_t>(1, (int64_t{64} << 10) / std::max<int64_t>(1, bytes_per_row));
 }
+
+#endif
 
 }  // namespace tokencache

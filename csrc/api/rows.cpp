@@ -1,4 +1,3 @@
-#include "cpu/rows.h"
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -7,6 +6,12 @@
 #include <cstdint>
 
 #include "api/describe.h"
+
+#ifdef TOKENCACHE_CUDA
+#include "cuda/rows.h"
+#else
+#include "cpu/rows.h"
+#endif
 
 // The inputs were checked by tokencache_kernels.ops; nothing below it checks again.
 namespace tokencache {
@@ -31,9 +36,13 @@ Tensor gather_rows(const Tensor& hidden_states, const Tensor& indices) {
       .stride_indices_b = indices.stride(0),
       .element_size = static_cast<int64_t>(hidden_states.element_size()),
   };
+#ifdef TOKENCACHE_CUDA
+  check_launch("gather_rows", gather_rows_cuda(params, stream_of(out)));
+#else
   torch::stable::parallel_for(
       0, B * S, rows_per_thread(D * params.element_size),
       [&](int64_t begin, int64_t end) { gather_rows_cpu(params, begin, end); });
+#endif
   return out;
 }
 
@@ -54,22 +63,28 @@ void scatter_rows_(Tensor cache, const Tensor& indices, const Tensor& rows) {
       .stride_cache_n = cache.stride(1),
       .element_size = static_cast<int64_t>(cache.element_size()),
   };
+#ifdef TOKENCACHE_CUDA
+  check_launch("scatter_rows_", scatter_rows_cuda(params, stream_of(cache)));
+#else
   // only S of a sample's N rows are written: the bytes to copy for each of the N, on average
   const int64_t bytes_per_row = params.D * params.element_size * params.S / params.N;
   torch::stable::parallel_for(
       0, params.B * params.N, rows_per_thread(bytes_per_row),
       [&](int64_t begin, int64_t end) { scatter_rows_cpu(params, begin, end); });
+#endif
 }
 
 }  // namespace
 }  // namespace tokencache
 
+#ifndef TOKENCACHE_CUDA
 STABLE_TORCH_LIBRARY_FRAGMENT(tokencache_kernels_native, m) {
   m.def("gather_rows(Tensor hidden_states, Tensor indices) -> Tensor");
   m.def("scatter_rows_(Tensor(a!) cache, Tensor indices, Tensor rows) -> ()");
 }
+#endif
 
-STABLE_TORCH_LIBRARY_IMPL(tokencache_kernels_native, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(tokencache_kernels_native, TOKENCACHE_KEY, m) {
   m.impl("gather_rows", TORCH_BOX(&tokencache::gather_rows));
   m.impl("scatter_rows_", TORCH_BOX(&tokencache::scatter_rows_));
 }

@@ -112,8 +112,26 @@ def test_auto_on_the_cpu_takes_the_native_library(monkeypatch):
     assert backends.resolve("gather_rows", CPU, torch.float32) is native.gather_rows
 
 
-def test_a_cuda_tensor_is_refused_with_the_reason():
-    assert native.unavailable(torch.device("cuda"), torch.float32) == "it has no CUDA half yet"
+@needs_library
+def test_a_missing_cuda_half_is_named_as_the_reason(monkeypatch, tmp_path):
+    monkeypatch.setattr(native, "load_library", lambda: None)
+    monkeypatch.setenv("TOKENCACHE_NATIVE_LIBRARY", str(tmp_path / "native.so"))
+    monkeypatch.setattr(native, "load_cuda_library", library.load_cuda_library.__wrapped__)
+
+    reason = native.unavailable(torch.device("cuda"), torch.float32)
+
+    assert reason.startswith("its CUDA half was not built (")
+
+
+@needs_library
+def test_the_cuda_half_loads_without_a_gpu_and_adds_its_kernels():
+    reason = native.unavailable(torch.device("cuda"), torch.float32)
+    if reason is not None:
+        pytest.skip(reason)
+
+    for name in ("gather_rows", "scatter_rows_"):
+        op = f"tokencache_kernels_native::{name}"
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(op, "CUDA")
 
 
 def test_a_library_that_was_not_built_is_named_as_the_reason(monkeypatch, tmp_path):

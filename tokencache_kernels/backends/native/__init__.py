@@ -2,7 +2,7 @@
 
 import torch
 
-from .library import build_info, library_path, load_library
+from .library import build_info, library_path, load_cuda_library, load_library
 from .linear import linear, linear_scatter_
 from .mlp import mlp_
 from .modulate import add_branches, gather_modulate, row_pass
@@ -27,9 +27,9 @@ __all__ = [
 
 
 def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
-    """The library must be there, and it works on the CPU."""
+    """The library must be there, and on a GPU its CUDA half."""
+    if device.type == "cpu":
+        return load_library()
     if device.type == "cuda":
-        return "it has no CUDA half yet"
-    if device.type != "cpu":
-        return f"it needs a CPU tensor, got {device.type}"
-    return load_library()
+        return load_library() or load_cuda_library()
+    return f"it needs a CPU or CUDA tensor, got {device.type}"

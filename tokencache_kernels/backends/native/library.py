@@ -30,6 +30,19 @@ def load_library() -> str | None:
     return None
 
 
+@functools.cache
+def load_cuda_library() -> str | None:
+    """Load the CUDA half, which adds its kernels to the library's ops; see ``load_library``."""
+    path = library_path().with_name("libtokencache_kernels_cuda.so")
+    if not path.is_file():
+        return "its CUDA half was not built (there was no CUDA toolkit at build time)"
+    try:
+        torch.ops.load_library(path)
+    except OSError as error:
+        return f"its CUDA half does not load ({error})"
+    return None
+
+
 def library_path() -> Path:
     """Where the library is: ``TOKENCACHE_NATIVE_LIBRARY``, or where the build installs it."""
     override = settings.native_library_path()
