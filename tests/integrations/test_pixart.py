@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tokencache_kernels import backends
 from tokencache_kernels.errors import UnsupportedInputError
 from tokencache_kernels.integrations.diffusers import (
     apply_token_cache,
@@ -397,6 +398,28 @@ def test_a_lora_like_layer_is_called_as_a_module(device):
         apply_token_cache(model, toca())
 
     torch.testing.assert_close(run(scaled), run(plain), rtol=1e-5, atol=1e-5)
+
+
+def test_launches_of_a_partial_layer(device):
+    """Our own taps on the query projection must not keep its weights from the fused path."""
+    reason = backends.unavailable("triton", "attention", torch.device(device), torch.float32)
+    if reason is not None:
+        pytest.skip(reason)
+    from tokencache_kernels.backends.triton._counting import count_launches
+
+    model = tiny_pixart(num_layers=1).to(device)
+    apply_token_cache(model, toca(), backend="triton")
+    run(model, steps=[0], batch=2)
+
+    with count_launches() as launches:
+        run(model, steps=[1], batch=2)
+
+    assert launches == [
+        "_select_tokens_kernel", "_add_branches_kernel", "_linear_kernel",
+        "_attention_head_mean_kernel", "_scatter_rows_kernel", "_scatter_rows_kernel",
+        "_linear_scatter_kernel", "_select_tokens_kernel", "_row_pass_kernel", "_linear_kernel",
+        "_linear_scatter_kernel", "_add_branches_kernel",
+    ]  # fmt: skip
 
 
 def test_additional_conditions_pass_through(device):
