@@ -1,5 +1,6 @@
 """One transformer block under one decision; no diffusers here."""
 
+from .attention import SelfAttention
 from .cross_attention import CrossAttentionLayer
 from .flux import JointAttention, ParallelLayer, remember_joint_attention
 from .mlp import Mlp
@@ -17,6 +18,7 @@ __all__ = [
     "ParallelLayer",
     "ResidualStream",
     "Runner",
+    "SelfAttention",
     "SubLayer",
     "WholeLayer",
     "bring_up_to_date",

@@ -16,7 +16,7 @@ from .blend import blend, blend_backward
 from .linear import linear, linear_scatter_
 from .mlp import mlp_
 from .modulate import add_branches, gather_modulate, row_pass, sum_branches
-from .project import QkNorm, place_qkv_, project_qkv_
+from .project import QkNorm, finish_heads, project_qkv_
 from .rows import gather_rows, scatter_rows_
 from .select import add_tile_bonus, combine_base, invert_indices, select_tokens_
 from .statistics import attention_entropy, attention_received, head_norms, token_change
@@ -32,6 +32,7 @@ __all__ = [
     "blend",
     "blend_backward",
     "combine_base",
+    "finish_heads",
     "gather_modulate",
     "gather_rows",
     "head_norms",
@@ -39,7 +40,6 @@ __all__ = [
     "linear",
     "linear_scatter_",
     "mlp_",
-    "place_qkv_",
     "project_qkv_",
     "row_pass",
     "scatter_rows_",

@@ -48,43 +48,37 @@ def project_qkv_(
     ``all_keys`` x (B, N, K) holds every token's, for which keys and values are made. Returns the
     packed query (B, S, H, E).
     """
-    query_rows = gather_rows(x, indices) if all_keys and indices is not None else x
-    query, key, value = (
-        F.linear(rows, w, b)
-        for rows, w, b in zip((query_rows, x, x), weight, bias or (None,) * 3, strict=True)
-    )
-    return place_qkv_(key_cache, value_cache, query, key, value, indices, norm, rotary, all_keys)
-
-
-def place_qkv_(
-    key_cache: Tensor,
-    value_cache: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    indices: Tensor | None,
-    norm: QkNorm | None,
-    rotary: tuple[Tensor, Tensor] | None,
-    all_keys: bool,
-) -> Tensor:
-    """What ``project_qkv_`` does once it has projected: normalise, rotate, store.
-
-    query (B, S, H * E); key and value the same, with ``all_keys`` (B, N, H * E).
-    """
     B, N, H, E = key_cache.shape
-    every = torch.arange(N, dtype=torch.int32, device=key.device).expand(B, N)
+    every = torch.arange(N, dtype=torch.int32, device=x.device).expand(B, N)
     query_tokens = every if indices is None else indices
     key_tokens = every if all_keys else query_tokens
-    query, key = query.unflatten(-1, (H, E)), key.unflatten(-1, (H, E))
+    query_rows = gather_rows(x, query_tokens) if all_keys else x
+    query, key, value = (
+        F.linear(rows, w, b).unflatten(-1, (H, E))
+        for rows, w, b in zip((query_rows, x, x), weight, bias or (None,) * 3, strict=True)
+    )
+    query, key = finish_heads(query, key, query_tokens, key_tokens, norm, rotary)
+    scatter_rows_(key_cache.flatten(2), key_tokens, key.flatten(2))
+    scatter_rows_(value_cache.flatten(2), key_tokens, value.flatten(2))
+    return query.contiguous()
+
+
+def finish_heads(
+    query: Tensor,
+    key: Tensor,
+    query_tokens: Tensor,
+    key_tokens: Tensor,
+    norm: QkNorm | None,
+    rotary: tuple[Tensor, Tensor] | None,
+) -> tuple[Tensor, Tensor]:
+    """Projected queries and keys (B, S, H, E) of the tokens (B, S), normalised and rotated."""
     if norm is not None:
         query = _normalise(query, norm.query_weight, norm.query_bias, norm.kind, norm.eps)
         key = _normalise(key, norm.key_weight, norm.key_bias, norm.kind, norm.eps)
     if rotary is not None:
         query = _rotate(query, query_tokens, *rotary)
         key = _rotate(key, key_tokens, *rotary)
-    scatter_rows_(key_cache.flatten(2), key_tokens, key.flatten(2))
-    scatter_rows_(value_cache.flatten(2), key_tokens, value)
-    return query.contiguous()
+    return query, key
 
 
 def _normalise(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str, eps: float) -> Tensor:

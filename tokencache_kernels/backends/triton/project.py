@@ -269,9 +269,9 @@ def _heuristic(
 def _settings(
     device: Device, itemsize: int, out_features: int, in_features: int, block_e: int
 ) -> list[GemmSetting]:
-    """Those whose tiles hold heads as a whole; for wide heads, a tile as wide as one of them.
+    """Those whose tiles hold heads as a whole; else one tile, as wide as a head and not as high.
 
-    A wide tile leaves too few registers to normalise and rotate in.
+    The widest tiles leave too few registers to normalise and rotate in.
     """
     settings = gemm_settings(device, itemsize, out_features, in_features)
     if block_e == 1:
@@ -279,7 +279,8 @@ def _settings(
     widest = MAX_EPILOGUE_COLS.value
     fitting = [s for s in settings if s.block_n % block_e == 0 and s.block_n <= widest]
     narrowest = gemm_tiles(device.arch, itemsize)[-1]
-    return fitting or [GemmSetting(**vars(replace(narrowest, block_n=block_e, num_warps=8)))]
+    low = replace(narrowest, block_m=32, block_n=block_e, num_stages=2)
+    return fitting or [GemmSetting(**vars(low))]
 
 
 # many steps of k, so that the loop stays one
