@@ -26,11 +26,11 @@ class Scaled(nn.Linear):
         return 2 * super().forward(x)
 
 
-def make_layer(runner, device, scored_sites=(CROSS, MLP), kind=nn.Linear):
+def make_layer(runner, device, scored_site=CROSS, kind=nn.Linear):
     torch.manual_seed(0)
     query, out = kind(H * E, H * E), kind(H * E, H * E)
     return CrossAttentionLayer(
-        CROSS, runner, scored_sites,
+        CROSS, runner, scored_site,
         query.to(device).requires_grad_(False), out.to(device).requires_grad_(False),
         is_fused=kind is nn.Linear,
         project_text=lambda: (
@@ -45,7 +45,7 @@ def begin(device):
     router = FactorRouter(0.25)
     policy = ToCaConfig(IntervalSchedule(3), router, ScoreSelector("attention_entropy"), 3)
     runner = Runner(policy)
-    lanes = [Lane((CROSS,), N), Lane((MLP,), N, selects_late=True)]
+    lanes = [Lane((CROSS,), N), Lane((MLP,), N, selects_late=True, shares_scores=True)]
     runner.begin_step(lanes, B, torch.device(device))
     runner.end_step()
     runner.begin_step(lanes, B, torch.device(device))
@@ -100,9 +100,9 @@ def test_a_full_computation_scores_all_tokens(device):
         torch.testing.assert_close(scores_of(runner, site), entropy)
 
 
-def test_without_scored_sites_the_entropy_is_not_taken(device, monkeypatch):
+def test_without_a_scored_site_the_entropy_is_not_taken(device, monkeypatch):
     runner = begin(device)
-    layer = make_layer(runner, device, scored_sites=())
+    layer = make_layer(runner, device, scored_site=None)
     monkeypatch.setattr("tokencache_kernels.ops.attention_with_entropy", None)
     x = randn(B, N, H * E, seed=3, device=device)
 

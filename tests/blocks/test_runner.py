@@ -122,6 +122,20 @@ def test_refreshed_scores_replace_those_of_the_tokens_named():
     assert indices.tolist() == [[0, 9, 11], [0, 1, 10]]
 
 
+def test_lanes_that_share_scores_select_alike():
+    runner = Runner(toca(ratio=0.25, weights={"cross": 1.0, "mlp": 2.0}), "reference")
+    lanes = lane("cross"), lane("mlp", shares_scores=True)
+    begin(runner, *lanes)
+    for site in lanes[0].sites:
+        runner.store_scores(site, randn(B, N, seed=site.layer).abs())
+    runner.end_step()
+    begin(runner, *lanes)
+
+    for cross, mlp in zip(lanes[0].sites, lanes[1].sites, strict=True):
+        few, many = (runner.selection(site)[0].tolist() for site in (cross, mlp))
+        assert all(set(one) < set(other) for one, other in zip(few, many, strict=True))
+
+
 def test_some_tokens_of_what_is_whole_are_refused():
     runner = Runner(toca(weights={"attn": 1.0}), "reference")
 

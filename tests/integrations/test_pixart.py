@@ -416,9 +416,9 @@ def test_launches_of_a_partial_layer(device):
 
     assert launches == [
         "_select_tokens_kernel", "_add_branches_kernel", "_linear_kernel",
-        "_attention_head_mean_kernel", "_scatter_rows_kernel", "_scatter_rows_kernel",
-        "_linear_scatter_kernel", "_select_tokens_kernel", "_row_pass_kernel", "_linear_kernel",
-        "_linear_scatter_kernel", "_add_branches_kernel",
+        "_attention_head_mean_kernel", "_scatter_rows_kernel", "_linear_scatter_kernel",
+        "_select_tokens_kernel", "_row_pass_kernel", "_linear_kernel", "_linear_scatter_kernel",
+        "_add_branches_kernel",
     ]  # fmt: skip
 
 

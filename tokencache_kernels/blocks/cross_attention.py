@@ -21,8 +21,8 @@ class CrossAttentionLayer:
     Attributes:
         site: where the output is cached.
         runner: keeps the scores.
-        scored_sites: the sites whose tokens are selected by the entropy of their row of the
-            head-averaged map; none: it is not taken.
+        scored_site: a site whose tokens are selected by the entropy of their row of the
+            head-averaged map; None: it is not taken.
         query: the query projection, or a module that stands for one.
         out: the output projection, likewise.
         is_fused: whether both are a product with their weight and nothing else; otherwise they are
@@ -38,7 +38,7 @@ class CrossAttentionLayer:
 
     site: Site
     runner: Runner
-    scored_sites: tuple[Site, ...]
+    scored_site: Site | None
     query: nn.Linear
     out: nn.Linear
     is_fused: bool
@@ -79,7 +79,7 @@ class CrossAttentionLayer:
         """Attend from (B, S, H * E) to the text, and keep the scores; (B, S, H * E)."""
         key, value = self.project_text()
         query = query.unflatten(-1, key.shape[-2:])
-        if not self.scored_sites:
+        if self.scored_site is None:
             out, _ = ops.attention(
                 query, key, value, key_lengths=self.key_lengths,
                 softmax_scale=self.softmax_scale, backend=self.backend,
@@ -89,6 +89,5 @@ class CrossAttentionLayer:
             query, key, value, key_lengths=self.key_lengths, softmax_scale=self.softmax_scale,
             head_mean=True, backend=self.backend,
         )  # fmt: skip
-        for site in self.scored_sites:
-            keep_scores(site, entropy)
+        keep_scores(self.scored_site, entropy)
         return out.flatten(2)

@@ -23,6 +23,8 @@ class Lane:
         selects_late: whether a layer's scores may still change within the step, so that its tokens
             are selected when it is reached; otherwise one launch selects for all layers at once.
         is_whole: whether its sub-layers compute all tokens or none.
+        shares_scores: whether its tokens are scored together with those of the lane before it:
+            what is stored for a site of one of them is stored for both.
     """
 
     sites: tuple[Site, ...]
@@ -30,6 +32,7 @@ class Lane:
     grid: tuple[int, int] | None = None
     selects_late: bool = False
     is_whole: bool = False
+    shares_scores: bool = False
 
 
 class Runner:
@@ -80,7 +83,7 @@ class Runner:
             }
             for index in range(total)
         ]
-        self._selections = []
+        self._selections: list[_LaneSelection] = []
         for lane in lanes:
             partial = [
                 site
@@ -95,9 +98,10 @@ class Runner:
                     "begin_step: the policy must compute all tokens or none of a sub-layer that "
                     f"this model does not split, got some of {partial[0]}"
                 )
-            self._selections.append(
-                _LaneSelection(self._policy, lane, self._run, batch, device, self._backend)
-            )
+            selection = _LaneSelection(self._policy, lane, self._run, batch, device, self._backend)
+            if lane.shares_scores and self._selections:
+                selection.tokens.scores = self._selections[-1].tokens.scores
+            self._selections.append(selection)
         self._selection_of = {
             site: selection for selection in self._selections for site in selection.lane.sites
         }

@@ -137,10 +137,10 @@ class ScoreSelector:
             fail(type(self).__name__, "scores", f"hold the {self.base_score}", None)
         if self.shares_guidance:
             halves = _halve(type(self).__name__, scores)
-            scores = halves.mean(dim=-3, keepdim=True).expand_as(halves).reshape(scores.shape)
-        if self.base_score == "attention_entropy":
-            scores = scores + (1 + math.log(2) if self.shares_guidance else 1)
-        return scores
+            means = halves.mean(dim=-3, keepdim=True).expand_as(halves)
+            offset = 1 + math.log(2) if self.base_score == "attention_entropy" else 0
+            return (means + offset).reshape(scores.shape)
+        return scores + 1 if self.base_score == "attention_entropy" else scores
 
     def _grid(self, grid: Grid | None) -> Grid | None:
         if self.bonus == 0:

@@ -227,11 +227,10 @@ class ScoreHook(FeatureHook):
                 state.taps.pop(name).unflatten(-1, (attention.heads, -1))
                 for name in ("query", "key")
             )
-            scored = [site for site in self._scored_sites if runner.is_selected(site)]
-            if scored and runner.is_remembered(self._site):
-                scores = self.compute_scores(attention, query, key)
-                for site in scored:
-                    runner.store_scores(site, scores)
+            # the sites share their scores
+            scored = next(filter(runner.is_selected, self._scored_sites), None)
+            if scored is not None and runner.is_remembered(self._site):
+                runner.store_scores(scored, self.compute_scores(attention, query, key))
         return super().post_forward(attention, output)
 
 

@@ -114,6 +114,7 @@ class _BlockHook(BlockHook):
         return Lane(
             sites, num_tokens, self.state.grid,
             selects_late=self._takes_entropy and module == "mlp", is_whole=module == "attn",
+            shares_scores=module == "mlp",
         )  # fmt: skip
 
     def make_sub_layers(
@@ -126,7 +127,7 @@ class _BlockHook(BlockHook):
         timestep = named["timestep"].reshape(len(hidden_states), 6, -1)
         modulation = block.scale_shift_table + timestep
         shift_attention, scale_attention, gate_attention, shift, scale, gate = modulation.unbind(1)
-        scored = tuple(site for site in (cross, mlp) if runner.is_selected(site))
+        scored = next(filter(runner.is_selected, (cross, mlp)), None)
         query, out = block.attn2.to_q, block.attn2.to_out[0]
         return (
             WholeLayer(
@@ -138,7 +139,7 @@ class _BlockHook(BlockHook):
             CrossAttentionLayer(
                 cross,
                 runner,
-                scored_sites=scored if self._takes_entropy else (),
+                scored_site=scored if self._takes_entropy else None,
                 query=query,
                 out=out,
                 is_fused=is_plain(query) and is_plain(out),
