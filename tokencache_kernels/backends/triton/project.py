@@ -7,8 +7,9 @@ happens in registers instead of in passes of its own.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -28,7 +29,7 @@ from ._gemm import (
     sum_parts,
     tile_at,
 )
-from ._launch import CompileCase, Device, choose, device_of
+from ._launch import INTERPRETER, CompileCase, Device, TuneCase, choose, device_of
 
 
 @triton.jit
@@ -340,4 +341,32 @@ def compile_cases(device: Device) -> Iterator[CompileCase]:
                 num_warps=setting.num_warps,
                 num_stages=setting.num_stages,
                 is_gemm=dtype != "fp32",
+            )
+
+
+def tune_cases(device: Device) -> Iterator[TuneCase]:
+    """DiT-XL's projection and FLUX's, of a tenth of the tokens, of half, and beside all keys."""
+    where = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16
+    problems = [(256, 16, 72, False), (4096, 24, 128, True)]
+    for N, H, E, is_normed in [(16, 2, 16, True)] if device == INTERPRETER else problems:
+        D = H * E
+        keys, values = torch.empty(2, 1, N, H, E, dtype=dtype, device=where)
+        x = torch.randn(1, N, D, dtype=dtype, device=where)
+        weight = torch.randn(3, D, D, dtype=dtype, device=where).unbind()
+        norm = QkNorm(*torch.ones(2, E, dtype=dtype, device=where)) if is_normed else None
+        angle = torch.randn(N, E, device=where)
+        rotary = (angle.cos(), angle.sin()) if is_normed else None
+        block_e = triton.next_power_of_2(E) if is_normed else 1
+        candidates = _settings(device, dtype.itemsize, D, D, block_e)
+        for S, all_keys in ((N // 10, False), (N // 2, False), (N // 10, True)):
+            indices = torch.arange(S, dtype=torch.int32, device=where)[None]
+            rows = x if all_keys else x[:, :S]
+            yield TuneCase(
+                "project_qkv_",
+                f"S={S} H={H} E={E} bf16" + f" of {N}" * all_keys,
+                candidates,
+                partial(
+                    project_qkv_, keys, values, rows, indices, weight, None, norm, rotary, all_keys
+                ),
             )
