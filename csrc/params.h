@@ -70,6 +70,31 @@ struct ModulateParams {
   int64_t stride_shift_b, stride_scale_b;
 };
 
+struct BlendParams {
+  int64_t B, N, D;
+  Type type;
+
+  const void* cached;  // [B, N, D], unit stride along D
+  const void* fresh;   // [B, N, D], unit stride along D
+  const void* weight;  // [B, N], float64 if the type is, else float32; strides may be 0
+  void* out;           // [B, N, D], contiguous
+
+  int64_t stride_cached_b, stride_cached_n;
+  int64_t stride_fresh_b, stride_fresh_n;
+  int64_t stride_weight_b, stride_weight_n;
+};
+
+struct BlendBackwardParams {
+  BlendParams forward;  // its out is not looked at
+
+  const void* grad;   // [B, N, D], unit stride along D
+  void* grad_cached;  // [B, N, D], contiguous, or null where it is not needed
+  void* grad_fresh;   // [B, N, D], contiguous
+  void* grad_weight;  // [B, N], contiguous, in the weights' type
+
+  int64_t stride_grad_b, stride_grad_n;
+};
+
 struct SelectParams {
   int64_t L, B, N, P;  // layers, samples, tokens, steps
   int64_t max_fresh;

@@ -1,6 +1,7 @@
 // Compiled once for every instruction set; TOKENCACHE_ISA names this one.
 #include <cstdlib>
 
+#include "cpu/blend.h"
 #include "cpu/number.h"
 #include "cpu/vector.h"
 
@@ -115,6 +116,8 @@ extern const VectorLoops loops{
     .name = TOKENCACHE_NAME(TOKENCACHE_ISA),
     .add_branches = add_branches_any,
     .gather_modulate = gather_modulate_any,
+    .blend = blend,
+    .blend_backward = blend_backward,
 };
 
 }  // namespace tokencache::TOKENCACHE_ISA

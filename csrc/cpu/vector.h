@@ -16,6 +16,12 @@ struct VectorLoops {
   // packed[b, s] = layer_norm(x[b, indices[b, s]]) * (1 + scale[b]) + shift[b], an empty slot: 0;
   // the part counts the B * S rows of packed.
   void (*gather_modulate)(const ModulateParams& p, int64_t begin, int64_t end);
+
+  // out = (1 - weight) * cached + weight * fresh; the part counts the B * N rows.
+  void (*blend)(const BlendParams& p, int64_t begin, int64_t end);
+
+  // The gradients of that; the part counts the B * N rows.
+  void (*blend_backward)(const BlendBackwardParams& p, int64_t begin, int64_t end);
 };
 
 namespace portable {

@@ -85,8 +85,12 @@ def test_every_input_gets_its_gradient_on_every_backend(backend, device, shape, 
 
     exact = differentiate(in_float64(cached, fresh, weight), "reference")
     rounded = differentiate((cached, fresh, weight), "reference")
-    for got, right, eager in zip(outs, exact, rounded, strict=True):
+    for got, right, eager in list(zip(outs, exact, rounded, strict=True))[:2]:
         assert_within_budget(got, right, eager)
+    # a sum of many tokens in float32, in whatever order: a few roundings of its largest partial sum
+    terms = ((fresh.double() - cached.double()) * grad.double()).abs().sum().item()
+    assert outs[2].shape == shape
+    assert (outs[2] - exact[2]).abs().max().item() <= 8 * torch.finfo(torch.float32).eps * terms
 
 
 def test_only_the_gradients_asked_for_are_made(backend, device):

@@ -2,6 +2,7 @@
 
 import torch
 
+from .blend import blend, blend_backward
 from .library import build_info, library_path, load_cuda_library, load_library
 from .linear import linear, linear_scatter_
 from .mlp import mlp_
@@ -11,6 +12,8 @@ from .select import invert_indices, select_tokens_
 
 __all__ = [
     "add_branches",
+    "blend",
+    "blend_backward",
     "build_info",
     "gather_modulate",
     "gather_rows",
