@@ -32,5 +32,7 @@ def row_pass(
     eps: float,
 ) -> Tensor:
     """``add_branches`` over all rows, then ``gather_modulate`` of the selected ones."""
-    add_branches(out, hidden_states, branches, gates)
-    return gather_modulate(out, indices, shift, scale, eps)
+    packed: Tensor = OPS.row_pass(
+        out, hidden_states, branches, gates, indices, positions, shift, scale, eps
+    )
+    return packed

@@ -1,0 +1,60 @@
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+#include "params.h"
+
+// Elements of any type in 16-byte pieces, and the float32 that all arithmetic is done in.
+namespace tokencache {
+
+__device__ inline float to_float(float x) { return x; }
+__device__ inline float to_float(__half x) { return __half2float(x); }
+__device__ inline float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+
+template <class T>
+__device__ T from_float(float x);
+template <>
+__device__ inline float from_float<float>(float x) {
+  return x;
+}
+template <>
+__device__ inline __half from_float<__half>(float x) {
+  return __float2half_rn(x);
+}
+template <>
+__device__ inline __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
+  return __float2bfloat16_rn(x);
+}
+
+// Width elements that are moved by one instruction.
+template <class T, int Width>
+struct alignas(sizeof(T) * Width) Piece {
+  T values[Width];
+
+  __device__ static Piece load(const T* pointer) {
+    return *reinterpret_cast<const Piece*>(pointer);
+  }
+  __device__ void store(T* pointer) const { *reinterpret_cast<Piece*>(pointer) = *this; }
+};
+
+// Calls f with a value of the element type; float64 has no kernel.
+template <class F>
+auto with_type(Type type, F f) {
+  switch (type) {
+    case Type::kFloat16:
+      return f(__half{});
+    case Type::kBfloat16:
+      return f(__nv_bfloat16{});
+    default:
+      return f(float{});
+  }
+}
+
+inline int64_t size_of(Type type) {
+  return type == Type::kFloat64 ? 8 : type == Type::kFloat32 ? 4 : 2;
+}
+
+}  // namespace tokencache
