@@ -1,0 +1,57 @@
+"""``tokencache train`` on the demo's model, untrained, for a few steps."""
+
+import json
+
+import pytest
+
+from tokencache_kernels.cli import main
+from tokencache_kernels.policies import load_router
+
+
+def train(weights, out, steps, *options):
+    return main(
+        [
+            *("train", "l2c", "--steps", str(steps), "--batch", "1", "--sampler-steps", "4"),
+            *("--save-every", "2", "--device", "cpu", "--weights", str(weights)),
+            *("--out", str(out), *options),
+        ]
+    )
+
+
+def test_a_router_is_written_with_its_record(weights, tmp_path, capsys):
+    out = tmp_path / "folder" / "router.safetensors"
+
+    status = train(weights, out, 4, "--lambda", "0.5", "--threshold", "0.3")
+
+    router = load_router(out, num_layers=6, num_inference_steps=4)
+    record = json.loads(out.with_suffix(".json").read_text())
+    printed = capsys.readouterr().out
+    assert status == 0
+    assert router.threshold == 0.3
+    assert record["skipped_share"] == round(router.skipped_share, 4)
+    assert [row["step"] for row in record["history"]] == [2, 4]
+    # the table that is printed: one line a step, later steps below
+    rows = ["".join("-x"[on] for on in router.mask[counter]) for counter in (2, 0)]
+    assert f"   2  {rows[0]}\n   0  {rows[1]}\n" in printed
+    assert f"skips {router.skipped_share:.1%} of them; written to {out}" in printed
+
+
+def test_a_state_of_another_training_is_refused_and_nothing_is_written(weights, tmp_path, capsys):
+    out, state = tmp_path / "router.safetensors", tmp_path / "router.state"
+    train(weights, out, 2)
+    files = {path: path.read_bytes() for path in tmp_path.iterdir()}
+
+    status = train(weights, out, 4, "--lambda", "0.5")
+
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert status == 1
+    assert told.startswith("tokencache train: train_module: checkpoint must be of a run with spars")
+    assert str(state) in told
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == files
+
+
+def test_a_method_must_be_one_that_there_is(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "l2d"])
+
+    assert "invalid choice: 'l2d'" in capsys.readouterr().err
