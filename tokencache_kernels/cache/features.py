@@ -17,11 +17,6 @@ class FeatureCache:
     def __init__(self) -> None:
         self._buffers: dict[Hashable, Tensor] = {}
 
-    @property
-    def num_bytes(self) -> int:
-        """What all buffers take."""
-        return sum(buffer.nbytes for buffer in self._buffers.values())
-
     def store(self, site: Hashable, value: Tensor) -> None:
         """Copy ``value`` into the site's buffer, which is made anew when the shape changes."""
         buffer = self._buffers.get(site)

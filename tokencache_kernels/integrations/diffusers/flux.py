@@ -269,6 +269,8 @@ class _AttentionHook(_FluxHook):
         self, attention: Any, image: Tensor, text: Tensor | None, rotary: _Pair
     ) -> Tensor | _Pair:
         """What ``FluxAttnProcessor`` does, but with the log-sum-exp, which the statistics need."""
+        # the processor may be another one than when the policy was applied
+        _check_attention(attention)
         query, key, value = _query_key_value(attention, image, text, rotary)
         out, lse = ops.attention(query, key, value, backend=self._backend)
         received = ops.attention_received(query, key, lse=lse, backend=self._backend)
@@ -379,16 +381,17 @@ def _check_call(joint_attention_kwargs: dict[str, Any] | None) -> None:
 
 
 def _check_blocks(doubles: Sequence[Any], singles: Sequence[Any]) -> None:
-    """Refuse what a partial step would get wrong."""
-    expect_part(
-        "both kinds of blocks",
-        f"{len(doubles)} double, {len(singles)} single",
-        bool(doubles and singles),
-    )
+    """Refuse a model that cannot be begun and ended, or whose attention is not known."""
+    counts = f"{len(doubles)} double, {len(singles)} single"
+    expect_part("both kinds of blocks", counts, bool(doubles and singles))
     for block in (*doubles, *singles):
-        attention = block.attn
-        processor = type(attention.processor).__name__
-        expect_part(f"an attention processor of {_PROCESSORS}", processor, processor in _PROCESSORS)
-        expect_part("unfused query, key and value", "to_qkv", not attention.fused_projections)
-        is_sharded = attention.processor._parallel_config is not None
-        expect_part("all tokens on one device", "context parallelism", not is_sharded)
+        _check_attention(block.attn)
+
+
+def _check_attention(attention: Any) -> None:
+    """Refuse what our own attention, or a partial step, would get wrong."""
+    processor = type(attention.processor).__name__
+    expect_part(f"an attention processor of {_PROCESSORS}", processor, processor in _PROCESSORS)
+    expect_part("unfused query, key and value", "to_qkv", not attention.fused_projections)
+    is_sharded = attention.processor._parallel_config is not None
+    expect_part("all tokens on one device", "context parallelism", not is_sharded)
