@@ -6,7 +6,15 @@ from .flux import JointAttention, ParallelLayer, remember_joint_attention
 from .mlp import Mlp
 from .runner import Lane, Runner
 from .stream import Modulation, ResidualStream
-from .sublayers import MlpLayer, SubLayer, WholeLayer, bring_up_to_date, run_sub_layer
+from .sublayers import (
+    MlpLayer,
+    SelfAttentionLayer,
+    SubLayer,
+    WholeLayer,
+    bring_up_to_date,
+    key_sites,
+    run_sub_layer,
+)
 
 __all__ = [
     "CrossAttentionLayer",
@@ -19,9 +27,11 @@ __all__ = [
     "ResidualStream",
     "Runner",
     "SelfAttention",
+    "SelfAttentionLayer",
     "SubLayer",
     "WholeLayer",
     "bring_up_to_date",
+    "key_sites",
     "remember_joint_attention",
     "run_sub_layer",
 ]

@@ -1,6 +1,6 @@
 """Asks the policy what every site does in each step, and makes the step's index lists."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -48,13 +48,23 @@ class Runner:
         self._backend = backend
         self._step_index = 0
 
-    def begin_step(self, lanes: Sequence[Lane], batch: int, device: torch.device) -> None:
+    def begin_step(
+        self,
+        lanes: Sequence[Lane],
+        batch: int,
+        device: torch.device,
+        predict_scores: Callable[[Step], Tensor] | None = None,
+    ) -> None:
         """Select the fresh tokens of all layers, in one launch for each lane.
+
+        A predictor scores blocks: under its policy all lanes share one selection.
 
         Args:
             lanes: the model's sub-layers; the same ones in every step of a run.
             batch: B.
             device: where the hidden states are.
+            predict_scores: gives the scores (L, B, N) of the step under way; called in steps that
+                select some token, if the policy's selector goes by predicted scores.
 
         Raises:
             CacheMissError: the batch or the lanes are not those that the run began with.
@@ -68,6 +78,9 @@ class Runner:
                 f"begin_step: step {self._step_index} must have {began} as the run began, got "
                 f"{now}; reset the cache before sampling with another batch or size"
             )
+        if self._is_predicted and any(map(self._is_partial, self._run[self._step_index])):
+            assert predict_scores is not None, "adapters refuse scores that they cannot give"
+            self._selections[0].tokens.scores.copy_(predict_scores(self.step))
         for selection in self._selections:
             selection.begin_step(self._step_index)
 
@@ -84,6 +97,7 @@ class Runner:
             for index in range(total)
         ]
         self._selections: list[_LaneSelection] = []
+        self._selection_of: dict[Site, _LaneSelection] = {}
         for lane in lanes:
             partial = [
                 site
@@ -98,22 +112,34 @@ class Runner:
                     "begin_step: the policy must compute all tokens or none of a sub-layer that "
                     f"this model does not split, got some of {partial[0]}"
                 )
-            selection = _LaneSelection(self._policy, lane, self._run, batch, device, self._backend)
-            if lane.shares_scores and self._selections:
-                selection.tokens.scores = self._selections[-1].tokens.scores
-            self._selections.append(selection)
-        self._selection_of = {
-            site: selection for selection in self._selections for site in selection.lane.sites
-        }
+            if not (self._is_predicted and self._selections):
+                selection = _LaneSelection(
+                    self._policy, lane, self._run, batch, device, self._backend
+                )
+                if lane.shares_scores and self._selections:
+                    selection.tokens.scores = self._selections[-1].tokens.scores
+                self._selections.append(selection)
+            self._selection_of.update(dict.fromkeys(lane.sites, self._selections[-1]))
+
+    @property
+    def _is_predicted(self) -> bool:
+        return self._policy.selector.base_score == "predicted"
 
     @property
     def step(self) -> Step:
         """The step under way."""
         return Step(self._step_index, self._policy.num_inference_steps)
 
+    def decision(self, site: Site) -> Decision:
+        """What the site does in this step, and how."""
+        return self._run[self._step_index][site]
+
     def action(self, site: Site) -> Action:
         """What the site does in this step."""
-        return self._run[self._step_index][site].action
+        return self.decision(site).action
+
+    def _is_partial(self, site: Site) -> bool:
+        return self.action(site) is Action.PARTIAL
 
     def is_full(self, sites: Sequence[Site]) -> bool:
         """Whether all of them compute every token in this step."""
@@ -124,6 +150,13 @@ class Runner:
         following = self._run[self._step_index + 1 : self._step_index + 2]
         return self.action(site) is Action.FULL and any(
             step[site].action is not Action.FULL for step in following
+        )
+
+    def keeps_keys(self, site: Site) -> bool:
+        """Whether the site's keys and values are to be kept now, for the next step's queries."""
+        return self.is_remembered(site) and any(
+            step[site].action is Action.PARTIAL and step[site].attention == "kv_cache"
+            for step in self._run
         )
 
     def is_selected(self, site: Site) -> bool:

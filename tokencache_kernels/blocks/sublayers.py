@@ -1,12 +1,14 @@
 """What a block is made of: gated branches that are computed, recomputed in part, or reused."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from ..policies import Action, Site
+from .attention import SelfAttention
 from .mlp import Mlp
 from .runner import Runner
 from .stream import Modulation, ResidualStream
@@ -98,3 +100,65 @@ class WholeLayer:
     ) -> None:
         """The runner refuses a policy that asks for it: its lane ``is_whole``."""
         raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class SelfAttentionLayer:
+    """``gate * attention(modulate(x))``, for all tokens, some of them, or none.
+
+    Attributes:
+        site: see ``SubLayer``; so is the gate.
+        gate: (B, D).
+        modulation: of the norm before it.
+        module: the model's own attention, called for all tokens.
+        attention: recomputes some tokens.
+        runner: says what fresh queries see, and keeps keys and values where they see cached ones.
+
+    Source:
+        TokenCache (arXiv:2409.18523); see ``SelfAttention`` for the variants.
+    """
+
+    site: Site
+    gate: Tensor
+    modulation: Modulation
+    module: Callable[[Tensor], Tensor]
+    attention: SelfAttention
+    runner: Runner
+
+    def compute(self, stream: ResidualStream) -> Tensor:
+        """All tokens; see ``SubLayer``."""
+        rows = stream.modulate(self.modulation)
+        if not self.runner.keeps_keys(self.site):
+            return self.module(rows)
+        keys, values = torch.empty_like(rows), torch.empty_like(rows)
+        output = self.attention.full_(self._split(keys), self._split(values), rows)
+        for site, kept in zip(key_sites(self.site), (keys, values), strict=True):
+            self.runner.features.store(site, kept)
+        return output
+
+    def recompute_(
+        self, cache: Tensor, stream: ResidualStream, indices: Tensor, positions: Tensor
+    ) -> None:
+        """The tokens at ``indices``; see ``SubLayer``."""
+        variant = self.runner.decision(self.site).attention
+        if variant == "kv_all":
+            self.attention.kv_all_(cache, indices, stream.modulate(self.modulation))
+            return
+        packed = stream.take_rows(indices, positions, self.modulation)
+        if variant == "sel_only":
+            self.attention.sel_only_(cache, indices, packed)
+            return
+        keys, values = (
+            self._split(self.runner.features.load(site, like=cache))
+            for site in key_sites(self.site)
+        )
+        self.attention.kv_cache_(cache, keys, values, indices, packed)
+
+    def _split(self, rows: Tensor) -> Tensor:
+        """View (B, N, D) as (B, N, H, E)."""
+        return rows.unflatten(-1, (self.attention.num_heads, self.attention.head_dim))
+
+
+def key_sites(site: Site) -> tuple[Site, Site]:
+    """Where keys and values of a self-attention are cached, (B, N, D) each."""
+    return replace(site, module="key"), replace(site, module="value")

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from .decisions import Action, Decision, Policy, Site, Step
-from .shapes import ModelShape
+from .shapes import ModelShape, ModuleShape
 from .tokencache import TokenCacheConfig
 
 
@@ -40,10 +40,14 @@ class StepPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """A whole sampling run under a policy."""
+    """A whole sampling run under a policy.
+
+    ``is_predicted``: a predictor scores blocks, and one selection is for all modules of a block.
+    """
 
     steps: tuple[StepPlan, ...]
     dense_flops: int
+    is_predicted: bool = False
 
     @property
     def flops(self) -> int:
@@ -65,7 +69,8 @@ def make_plan(policy: Policy, shape: ModelShape) -> Plan:
     """Ask ``policy`` for every site and step of a model of this shape, and count."""
     total = policy.num_inference_steps
     steps = tuple(_plan_step(policy, shape, Step(index, total)) for index in range(total))
-    return Plan(steps, dense_flops=total * shape.dense_flops)
+    is_predicted = policy.selector.base_score == "predicted"
+    return Plan(steps, total * shape.dense_flops, is_predicted)
 
 
 def _plan_step(policy: Policy, shape: ModelShape, step: Step) -> StepPlan:
@@ -90,22 +95,31 @@ def cache_bytes(plan: Plan, shape: ModelShape, element_size: int) -> dict[str, i
     """How many bytes the cache of a run takes for one batch, by what it holds.
 
     ``features``: the output of every site that a later step reuses, ``element_size`` bytes an
-    element; ``staleness`` and ``scores``: an int32 and a float32 for every token and layer of the
-    modules that are computed in part in some step.
+    element, and keys and values as large as that where fresh queries see cached ones;
+    ``staleness`` and ``scores``: an int32 and a float32 for every token and layer of the modules
+    that are computed in part in some step, or of the blocks that a predictor scores.
     """
     features = selected = 0
     for stack in shape.stacks:
         for module in stack.modules:
             sites = [Site(stack.stream, layer, module.name) for layer in range(stack.num_layers)]
-            runs = [[step.decisions[site].action for step in plan.steps] for site in sites]
+            runs = [[step.decisions[site] for step in plan.steps] for site in sites]
             tokens = shape.batch * module.num_tokens
-            features += sum(map(_is_reused, runs)) * tokens * shape.hidden * element_size
-            if any(Action.PARTIAL in run for run in runs):
+            buffers = sum(_count_buffers(module, run) for run in runs)
+            features += buffers * tokens * shape.hidden * element_size
+            if any(map(_has_partial, runs)) and not (plan.is_predicted and module.name == "attn"):
                 selected += stack.num_layers * tokens
     return {"features": features, "staleness": 4 * selected, "scores": 4 * selected}
 
 
-def _is_reused(run: list[Action]) -> bool:
-    return any(
-        now is Action.FULL and then is not Action.FULL for now, then in itertools.pairwise(run)
+def _count_buffers(module: ModuleShape, run: list[Decision]) -> int:
+    """How many tensors of the width of the model one site keeps: none, its output, keys, values."""
+    if not any(
+        now.action is Action.FULL and then.action is not Action.FULL
+        for now, then in itertools.pairwise(run)
+    ):
+        return 0
+    sees_cached_keys = module.name == "attn" and any(
+        one.action is Action.PARTIAL and one.attention == "kv_cache" for one in run
     )
+    return 3 if sees_cached_keys else 1

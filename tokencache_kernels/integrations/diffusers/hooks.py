@@ -1,7 +1,8 @@
 """What the adapters of all models share: states by cache context, and taps on sub-layers."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from diffusers.hooks import HookRegistry, ModelHook
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from ... import ops
 from ...blocks import Lane, Mlp, Modulation, ResidualStream, Runner, SubLayer, run_sub_layer
 from ...errors import UnsupportedInputError
-from ...policies import Policy, Site
+from ...policies import Policy, Site, Step
 
 HOOK_NAME = "tokencache_kernels"
 _ACTIVATIONS = {"none": "gelu", "tanh": "gelu_tanh"}
@@ -121,6 +122,10 @@ class BlockHook(StatefulHook):
         """The block's modules in this step, from what the block was called with."""
         raise NotImplementedError
 
+    def predict_scores(self, block: Any, hidden_states: Tensor, step: Step, **named: Any) -> Tensor:
+        """What the policy's predictor says of all blocks, (L, B, N), asked at the first one."""
+        raise NotImplementedError
+
     def new_forward(
         self, block: Any, hidden_states: Tensor, *arguments: Any, **named: Any
     ) -> Tensor:
@@ -129,7 +134,8 @@ class BlockHook(StatefulHook):
         runner = state.runner
         if self._layer == 0:
             state.streams.clear()
-            self._begin_step(runner, hidden_states)
+            predict = partial(self.predict_scores, block, hidden_states, **named)
+            self._begin_step(runner, hidden_states, predict)
         if runner.is_full([main_site(self._layer, module) for module in self.modules]):
             hidden_states = state.leave_stream("main", hidden_states)
             with state.own_code():
@@ -144,14 +150,16 @@ class BlockHook(StatefulHook):
             runner.end_step()
         return hidden_states
 
-    def _begin_step(self, runner: Runner, hidden_states: Tensor) -> None:
+    def _begin_step(
+        self, runner: Runner, hidden_states: Tensor, predict_scores: Callable[[Step], Tensor]
+    ) -> None:
         B, N, _ = hidden_states.shape
         layers = range(self._num_layers)
         lanes = [
             self.make_lane(tuple(main_site(layer, module) for layer in layers), N)
             for module in self.modules
         ]
-        runner.begin_step(lanes, B, hidden_states.device)
+        runner.begin_step(lanes, B, hidden_states.device, predict_scores)
 
 
 class GridHook(StatefulHook):
@@ -181,6 +189,22 @@ class FeatureHook(StatefulHook):
         """Keep what the block's own code computed."""
         if self.state.is_own_code:
             self.state.runner.remember(self._site, output)
+        return output
+
+
+class KeyHook(StatefulHook):
+    """Copies the keys or values of a self-attention into the cache where fresh queries see them."""
+
+    def __init__(self, contexts: Contexts, site: Site, key_site: Site) -> None:
+        super().__init__(contexts)
+        self._site = site
+        self._key_site = key_site
+
+    def post_forward(self, module: nn.Module, output: Tensor) -> Tensor:
+        """Keep what the block's own code computed."""
+        runner = self.state.runner
+        if self.state.is_own_code and runner.keeps_keys(self._site):
+            runner.features.store(self._key_site, output)
         return output
 
 

@@ -18,15 +18,15 @@ def read_inputs(
 ) -> tuple[Tensor, Tensor]:
     """What a predictor sees: the tokens (B, N, D), and what modulates the first block (B, D)."""
     hidden_states = transformer.pos_embed(latents)
-    return hidden_states, read_conditioning(transformer, hidden_states, timestep, class_labels)
+    block = transformer.transformer_blocks[0]
+    return hidden_states, read_conditioning(block, hidden_states, timestep, class_labels)
 
 
 def read_conditioning(
-    transformer: Any, hidden_states: Tensor, timestep: Tensor, class_labels: Tensor
+    block: Any, hidden_states: Tensor, timestep: Tensor, class_labels: Tensor
 ) -> Tensor:
-    """The embedding of timestep and class in the first block, (B, D)."""
-    embed = transformer.transformer_blocks[0].norm1.emb
-    conditioning: Tensor = embed(timestep, class_labels, hidden_dtype=hidden_states.dtype)
+    """The embedding of timestep and class that modulates a block, (B, D)."""
+    conditioning: Tensor = block.norm1.emb(timestep, class_labels, hidden_dtype=hidden_states.dtype)
     return conditioning
 
 
