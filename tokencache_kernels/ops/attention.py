@@ -4,12 +4,8 @@ import torch
 from torch import Tensor
 
 from ..backends import reference
-from ._checks import expect, expect_no_grad, fail
+from ._checks import expect, expect_no_grad
 from ._library import define, run
-
-
-# the widest key row that the entropy of the head-averaged map is computed over
-MAX_HEAD_MEAN_KEYS = 512
 
 
 def _run_attention(
@@ -130,12 +126,13 @@ def attention_with_entropy(
 
     Args:
         query: see ``attention``.
-        key: see ``attention``; with ``head_mean`` at most 512 tokens, such as the text of a
-            cross-attention. For longer rows: ``attention``, then ``attention_entropy``.
+        key: see ``attention``.
         value: see ``attention``.
         key_lengths: see ``attention``.
         softmax_scale: see ``attention``.
-        head_mean: the entropy of the head-averaged map instead of each head's.
+        head_mean: the entropy of the head-averaged map instead of each head's. It multiplies
+            queries by keys twice, for one block of queries and all heads at a time: for the few
+            keys of a text. Where keys are many, ``attention_entropy`` spreads over the device.
         backend: ``"auto"``, ``"triton"`` or ``"reference"``: no library hands out the entropy.
 
     Returns:
@@ -151,11 +148,6 @@ def attention_with_entropy(
     """
     op = "attention_with_entropy"
     softmax_scale = _check_attention(op, query, key, value, key_lengths, softmax_scale)
-    if head_mean and key.shape[1] > MAX_HEAD_MEAN_KEYS:
-        fail(
-            op, "key", f"hold at most {MAX_HEAD_MEAN_KEYS} tokens for head_mean=True",
-            key.shape[1],
-        )  # fmt: skip
     if backend == "reference":
         return reference.attention_with_entropy(
             query, key, value, key_lengths, softmax_scale, head_mean

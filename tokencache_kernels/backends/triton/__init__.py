@@ -3,6 +3,7 @@
 import torch
 
 from ._device import INTERPRETED
+from .attention import attention, attention_with_entropy
 from .blend import blend, blend_backward
 from .linear import linear, linear_scatter_
 from .mlp import mlp_
@@ -10,13 +11,19 @@ from .modulate import add_branches, gather_modulate, row_pass
 from .project import project_qkv_
 from .rows import gather_rows, scatter_rows_
 from .select import invert_indices, select_tokens_
+from .statistics import attention_entropy, attention_received, head_norms, token_change
 
 __all__ = [
     "add_branches",
+    "attention",
+    "attention_entropy",
+    "attention_received",
+    "attention_with_entropy",
     "blend",
     "blend_backward",
     "gather_modulate",
     "gather_rows",
+    "head_norms",
     "invert_indices",
     "linear",
     "linear_scatter_",
@@ -25,6 +32,7 @@ __all__ = [
     "row_pass",
     "scatter_rows_",
     "select_tokens_",
+    "token_change",
     "unavailable",
 ]
 
