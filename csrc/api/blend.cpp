@@ -6,7 +6,12 @@
 #include <optional>
 
 #include "api/describe.h"
+
+#ifdef TOKENCACHE_CUDA
+#include "cuda/blend.h"
+#else
 #include "cpu/vector.h"
+#endif
 
 // The inputs were checked by tokencache_kernels.ops; nothing below it checks again.
 namespace tokencache {
@@ -37,10 +42,14 @@ Tensor blend(const Tensor& cached, const Tensor& fresh, const Tensor& weight) {
   Tensor out = torch::stable::new_empty(fresh, {fresh.size(0), fresh.size(1), fresh.size(2)});
   if (out.numel() == 0) return out;
   const BlendParams params = describe(cached, fresh, weight, out.mutable_data_ptr());
+#ifdef TOKENCACHE_CUDA
+  check_launch("blend", blend_cuda(params, stream_of(out)));
+#else
   const int64_t bytes_per_row = 3 * params.D * static_cast<int64_t>(out.element_size());
   torch::stable::parallel_for(
       0, params.B * params.N, rows_per_thread(bytes_per_row),
       [&](int64_t begin, int64_t end) { vector_loops().blend(params, begin, end); });
+#endif
   return out;
 }
 
@@ -57,23 +66,29 @@ void blend_backward(const Tensor& grad, const Tensor& cached, const Tensor& fres
       .stride_grad_b = grad.stride(0),
       .stride_grad_n = grad.stride(1),
   };
+#ifdef TOKENCACHE_CUDA
+  check_launch("blend_backward", blend_backward_cuda(params, stream_of(grad)));
+#else
   const int64_t bytes_per_row = 5 * params.forward.D * static_cast<int64_t>(grad.element_size());
   torch::stable::parallel_for(
       0, grad_weight.numel(), rows_per_thread(bytes_per_row),
       [&](int64_t begin, int64_t end) { vector_loops().blend_backward(params, begin, end); });
+#endif
 }
 
 }  // namespace
 }  // namespace tokencache
 
+#ifndef TOKENCACHE_CUDA
 STABLE_TORCH_LIBRARY_FRAGMENT(tokencache_kernels_native, m) {
   m.def("blend(Tensor cached, Tensor fresh, Tensor weight) -> Tensor");
   m.def(
       "blend_backward(Tensor grad, Tensor cached, Tensor fresh, Tensor weight, "
       "Tensor(a!)? grad_cached, Tensor(b!) grad_fresh, Tensor(c!) grad_weight) -> ()");
 }
+#endif
 
-STABLE_TORCH_LIBRARY_IMPL(tokencache_kernels_native, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(tokencache_kernels_native, TOKENCACHE_KEY, m) {
   m.impl("blend", TORCH_BOX(&tokencache::blend));
   m.impl("blend_backward", TORCH_BOX(&tokencache::blend_backward));
 }

@@ -137,17 +137,6 @@ __global__ void __launch_bounds__(kThreads, kBlocks) gather_modulate_kernel(Modu
   modulate_row<T, Width>(p, row, batch, batch * p.S + slot);
 }
 
-// Calls f with an element and the number of them that fill 16 bytes, or 1 where a row does not
-// begin or end there.
-template <class F>
-cudaError_t with_pieces(Type type, bool is_aligned, F f) {
-  return with_type(type, [&](auto one) {
-    constexpr int kWidth = 16 / sizeof(one);
-    return is_aligned ? f(one, std::integral_constant<int, kWidth>{})
-                      : f(one, std::integral_constant<int, 1>{});
-  });
-}
-
 bool is_aligned(const AddBranchesParams& p) {
   const int64_t size = size_of(p.type);
   int64_t alignment =

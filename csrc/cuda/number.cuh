@@ -4,6 +4,7 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
+#include <type_traits>
 
 #include "params.h"
 
@@ -51,6 +52,17 @@ auto with_type(Type type, F f) {
     default:
       return f(float{});
   }
+}
+
+// Calls f with an element and the number of them that fill 16 bytes, or 1 where a row does not
+// begin or end there.
+template <class F>
+cudaError_t with_pieces(Type type, bool is_aligned, F f) {
+  return with_type(type, [&](auto one) {
+    constexpr int kWidth = 16 / sizeof(one);
+    return is_aligned ? f(one, std::integral_constant<int, kWidth>{})
+                      : f(one, std::integral_constant<int, 1>{});
+  });
 }
 
 inline int64_t size_of(Type type) {

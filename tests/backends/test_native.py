@@ -129,9 +129,15 @@ def test_the_cuda_half_loads_without_a_gpu_and_adds_its_kernels():
     if reason is not None:
         pytest.skip(reason)
 
-    for name in ("gather_rows", "scatter_rows_"):
+    for name in ("gather_rows", "scatter_rows_", "blend", "blend_backward"):
         op = f"tokencache_kernels_native::{name}"
         assert torch._C._dispatch_has_kernel_for_dispatch_key(op, "CUDA")
+
+
+def test_float64_on_a_gpu_is_left_to_the_reference():
+    reason = native.unavailable(torch.device("cuda"), torch.float64)
+
+    assert reason == "its CUDA half computes in float32 and does not take float64"
 
 
 def test_a_library_that_was_not_built_is_named_as_the_reason(monkeypatch, tmp_path):

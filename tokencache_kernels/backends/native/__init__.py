@@ -33,6 +33,8 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
     """The library must be there, and on a GPU its CUDA half."""
     if device.type == "cpu":
         return load_library()
+    if device.type == "cuda" and dtype == torch.float64:
+        return "its CUDA half computes in float32 and does not take float64"
     if device.type == "cuda":
         return load_library() or load_cuda_library()
     return f"it needs a CPU or CUDA tensor, got {device.type}"
