@@ -176,7 +176,47 @@ def test_fora_recomputes_no_token_and_keeps_no_score(plan):
     assert totals["ours"]["times fewer FLOPs"] == pytest.approx(50 / 17, abs=0.005)
     # the total of the published README
     assert totals["published"]["TFLOP"] == pytest.approx(1320.07, rel=0.003)
-    assert totals["ours"]["scores, MiB"] == totals["ours"]["staleness, MiB"] == 0
+    assert totals["ours"]["scores, MiB"] == totals["ours"]["staleness, MiB"] == "-"
+
+
+def places(steps):
+    kinds = {"all": "F", "no block runs": "a"}
+    return "".join(kinds.get(str(counts), "p") for _, counts in sorted(steps.items()))
+
+
+def test_the_published_steps_of_duca(plan):
+    dit, totals = plan("--model", "dit-xl", "--policy", "duca")
+    pixart, _ = plan("--model", "pixart-alpha", "--policy", "duca")
+    opensora, of_opensora = plan("--model", "opensora", "--policy", "duca")
+
+    # counting down in cycles of tau: even places are aggressive, so tau = 3 gives full, a, p
+    assert places(dit) == "FpapFFpapFpapFpapFpFapFapFapFapFpFpFpFpFpFpFpFpFpF"
+    assert totals["ours"]["output, MiB"] == pytest.approx(2 * 256 * 1152 * 4 / 2**20, abs=0.05)
+    # counting up: partial, then aggressive; 4 is full and no multiple of the tau behind it
+    assert places(pixart) == "FpapFaFpaFpaFpaFpaFp"
+    # cross-attention is full every other time
+    assert places(opensora) == "FFF" + 4 * "ppaFpa" + "ppa"
+    assert of_opensora["ours"]["times fewer FLOPs"] == pytest.approx(2.50, rel=0.004)
+
+
+@pytest.mark.parametrize(("interval", "ratio"), [(5, 3.80), (7, 4.89), (10, 6.13)])
+def test_the_published_ratios_of_duca_on_flux(plan, interval, ratio):
+    steps, totals = plan(
+        *("--model", "flux-1-dev", "--policy", "duca", "--refresh-interval", interval)
+    )
+
+    assert places(steps).startswith("FFFapapapapap"[: 3 + interval - 1] + "F")
+    # against the published dense total
+    assert 3719.5 / totals["ours"]["TFLOP"] == pytest.approx(ratio, abs=0.005)
+
+
+def test_taylor_seer_keeps_a_buffer_for_each_order(plan):
+    steps, totals = plan("--model", "dit-xl", "--policy", "taylor-seer", "--forecast-order", 2)
+    _, first = plan("--model", "dit-xl", "--policy", "taylor-seer", "--forecast-order", 1)
+
+    assert full(steps) == [0, 1, *range(2, 50, 5)]
+    assert totals["ours"]["differences, MiB"] == 2 * totals["ours"]["features, MiB"] == 2 * 126
+    assert first["ours"]["differences, MiB"] == 126
 
 
 def test_random_tokens_are_as_many_as_the_scored_ones(plan):
@@ -196,6 +236,8 @@ def test_random_tokens_are_as_many_as_the_scored_ones(plan):
         ("dit-xl --refresh-interval 0", "refresh_interval must be at least 1, got 0"),
         ("dit-xl --policy fora --fresh-ratio 0.1", "--fresh-ratio must be left out for fora, got"),
         ("dit-xl --preset sdxl", "name must be one of dit-xl-ddim50, .*, got 'sdxl'"),
+        ("demo --policy taylor-seer --forecast-order 3", "forecast_order must be 0, 1 or 2, got 3"),
+        ("dit-xl --forecast-order 1", "--forecast-order must be left out for toca, got 1"),
         ("demo --published", "--published must be left out where there is no published code"),
     ],
 )

@@ -9,6 +9,7 @@ from typing import Any
 
 from .policies import (
     MODELS,
+    DuCaConfig,
     Model,
     Plan,
     Policy,
@@ -18,6 +19,7 @@ from .policies import (
     fora,
     make_plan,
     published_cache_bytes,
+    taylor_seer,
 )
 
 _ELEMENT_SIZES = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -37,6 +39,20 @@ def _fora(
     return fora(refresh_interval, steps)
 
 
+def _duca(model: Model, **settings: Any) -> Policy:
+    return DuCaConfig.preset(model.preset, num_layers=model.preset_layers, **settings)
+
+
+def _taylor_seer(
+    model: Model,
+    num_inference_steps: int | None = None,
+    refresh_interval: int = 5,
+    forecast_order: int = 2,
+) -> Policy:
+    steps = _toca(model).num_inference_steps if num_inference_steps is None else num_inference_steps
+    return taylor_seer(refresh_interval, steps, forecast_order)
+
+
 @dataclass(frozen=True)
 class _Row:
     """How a policy is built for a model, and what may be asked of it besides its steps.
@@ -46,13 +62,17 @@ class _Row:
 
     build: Callable[..., Policy]
     settings: tuple[str, ...]
-    is_published: bool = True
+    is_published: bool = False
 
 
 _POLICIES = {
-    "toca": _Row(_toca, ("preset", "refresh_interval", "fresh_ratio")),
-    "fora": _Row(_fora, ("refresh_interval",)),
-    "random": _Row(partial(_toca, seed=0), ("preset", "refresh_interval", "fresh_ratio")),
+    "toca": _Row(_toca, ("preset", "refresh_interval", "fresh_ratio"), is_published=True),
+    "random": _Row(
+        partial(_toca, seed=0), ("preset", "refresh_interval", "fresh_ratio"), is_published=True
+    ),
+    "fora": _Row(_fora, ("refresh_interval",), is_published=True),
+    "duca": _Row(_duca, ("refresh_interval", "fresh_ratio")),
+    "taylor-seer": _Row(_taylor_seer, ("refresh_interval", "forecast_order")),
 }
 
 
@@ -71,6 +91,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, help="the sampler's; default: as published")
     parser.add_argument("--refresh-interval", type=int, help="default: as published")
     parser.add_argument("--fresh-ratio", type=float, help="default: as published")
+    parser.add_argument("--forecast-order", type=int, help="0, 1 or 2; default: 2")
     parser.add_argument(
         "--published", action="store_true", help="list the steps of the published code, not ours"
     )
@@ -107,7 +128,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _given_settings(options: argparse.Namespace, row: _Row) -> dict[str, Any]:
     settings = {} if options.steps is None else {"num_inference_steps": options.steps}
-    for name in ("preset", "refresh_interval", "fresh_ratio"):
+    for name in ("preset", "refresh_interval", "fresh_ratio", "forecast_order"):
         value = getattr(options, name)
         if value is not None and name not in row.settings:
             option = f"--{name.replace('_', '-')}"
@@ -128,6 +149,8 @@ def describe_steps(plan: Plan) -> list[str]:
 def _describe_step(step: StepPlan) -> str:
     if step.is_full:
         return " all"
+    if step.is_skipped:
+        return " no block runs"
     lines = []
     for stream, module in dict.fromkeys((site.stream, site.module) for site in step.decisions):
         fresh = step.num_fresh(stream, module)
@@ -160,7 +183,7 @@ def _totals(plan: Plan, memory: dict[str, int]) -> dict[str, str]:
         "TFLOP": f"{plan.flops / 1e12:.5g}",
         "dense TFLOP": f"{plan.dense_flops / 1e12:.5g}",
         "times fewer FLOPs": f"{plan.flops_ratio:.2f}",
-        **{f"{name}, MiB": f"{size / 2**20:.1f}" for name, size in memory.items()},
+        **{f"{name}, MiB": f"{size / 2**20:.1f}" for name, size in memory.items() if size},
         "cache, GB": f"{total / 1e9:.3f}",
     }
 

@@ -424,7 +424,7 @@ def test_the_cache_takes_the_bytes_that_the_plan_says(device):
     tokens = [selection.tokens for selection in runner._selections]
 
     assert cache_bytes(make_plan(policy, shape), shape, element_size=4) == {
-        "features": sum(buffer.nbytes for buffer in runner.features._buffers.values()),
+        "features": sum(buffer.nbytes for (buffer,) in runner.features._buffers.values()),
         "staleness": sum(each.staleness.nbytes for each in tokens),
         "scores": sum(each.scores.nbytes for each in tokens),
     }
@@ -437,7 +437,7 @@ def test_a_buffer_keeps_its_address_from_one_full_step_to_the_next(device):
     for step in range(7):
         run(model, [step])
         buffers = runner_of(model).features._buffers
-        addresses.append({site: buffer.data_ptr() for site, buffer in buffers.items()})
+        addresses.append({site: buffer.data_ptr() for site, (buffer,) in buffers.items()})
 
     assert len(addresses[2]) == 2 * 4 + 3 * 2
     assert addresses[6] == addresses[2]
@@ -470,7 +470,8 @@ def test_a_bfloat16_model_keeps_its_dtype(device):
 
     assert out.dtype == torch.bfloat16
     assert out.isfinite().all()
-    assert {b.dtype for b in runner_of(model).features._buffers.values()} == {torch.bfloat16}
+    buffers = runner_of(model).features._buffers.values()
+    assert {buffer.dtype for (buffer,) in buffers} == {torch.bfloat16}
 
 
 def test_a_float16_model_is_clipped_where_the_original_is(device):

@@ -157,6 +157,7 @@ class AllFresh:
     """A policy whose cached steps recompute all tokens as if they were some."""
 
     def __init__(self, policy, module=None):
+        self.forecast_order = 0
         self.num_inference_steps, self.selector = STEPS, ScoreSelector("none")
         self.policy, self.module = policy, module
 
@@ -283,7 +284,7 @@ def test_the_cache_of_a_run_is_as_large_as_the_plan_says(variant):
 
     shape = dit_shape(image_tokens=TOKENS, num_layers=LAYERS, hidden=24, heads=3, mlp=96)
     assert cache_bytes(make_plan(policy, shape), shape, 4) == {
-        "features": sum(buffer.nbytes for buffer in runner.features._buffers.values()),
+        "features": sum(buffer.nbytes for (buffer,) in runner.features._buffers.values()),
         "staleness": selection.tokens.staleness.nbytes,
         "scores": selection.tokens.scores.nbytes,
     }

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -6,6 +8,7 @@ from hypothesis import strategies as st
 from tokencache_kernels.policies import (
     SHAPES,
     Action,
+    DuCaConfig,
     Site,
     ToCaConfig,
     cache_bytes,
@@ -14,6 +17,7 @@ from tokencache_kernels.policies import (
     fora,
     make_plan,
     random_tokens,
+    taylor_seer,
 )
 
 DIT = SHAPES["dit-xl"]
@@ -154,27 +158,40 @@ def test_only_what_a_later_step_reuses_is_kept():
     last = make_plan(ToCaConfig.constant(0.5, 1, 1), DEMO)
 
     for plan in (every, last):
-        assert cache_bytes(plan, DEMO, 4) == {"features": 0, "staleness": 0, "scores": 0}
-    assert cache_bytes(some, DEMO, 2) == {
-        "features": 2 * 6 * 2 * 256 * 128 * 2,  # attention and MLP
-        "staleness": 0,
-        "scores": 0,
-    }
+        assert kept(plan, DEMO, 4) == {}
+    # attention and MLP
+    assert kept(some, DEMO, 2) == {"features": 2 * 6 * 2 * 256 * 128 * 2}
+
+
+def kept(plan, shape, element_size):
+    return {name: size for name, size in cache_bytes(plan, shape, element_size).items() if size}
 
 
 def test_staleness_and_scores_are_four_bytes_a_token_of_what_is_computed_in_part():
     plan = make_plan(ToCaConfig.preset("pixart-alpha"), PIXART)
 
-    assert cache_bytes(plan, PIXART, 2) == {
+    assert kept(plan, PIXART, 2) == {
         "features": 3 * 28 * 2 * 256 * 1152 * 2,
         "staleness": 2 * 28 * 2 * 256 * 4,  # cross-attention and MLP
-        "scores": 2 * 28 * 2 * 256 * 4,
+        "scores": 28 * 2 * 256 * 4,  # both
     }
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize(
-    "policy", [ToCaConfig.constant(0.3, 3, 5), fora(2, 3), fora(1, 3), random_tokens(0.5, 2, 4)]
+    "policy",
+    [
+        ToCaConfig.constant(0.3, 3, 5),
+        fora(2, 3),
+        fora(1, 3),
+        random_tokens(0.5, 2, 4),
+        DuCaConfig(ToCaConfig.constant(0.3, 3, 5)),
+        taylor_seer(2, 6, order=1),
+        taylor_seer(3, 6, order=2),
+        taylor_seer(4, 4, order=2),
+        replace(ToCaConfig.constant(0.3, 3, 5), forecast_order=2),
+    ],
+    ids=lambda policy: f"{getattr(policy, 'name', 'duca')}-{policy.num_inference_steps}",
 )
 def test_the_cache_of_a_run_is_as_large_as_the_plan_says(policy):
     pytest.importorskip("diffusers")
@@ -190,11 +207,15 @@ def test_the_cache_of_a_run_is_as_large_as_the_plan_says(policy):
     states = [selection.tokens for selection in runner._selections]
 
     shape = dit_shape(image_tokens=16, num_layers=3, hidden=24, heads=3, mlp=96)
-    assert cache_bytes(make_plan(policy, shape), shape, 4) == {
-        "features": sum(buffer.nbytes for buffer in runner.features._buffers.values()),
-        "staleness": sum(state.staleness.nbytes for state in states),
-        "scores": sum(state.scores.nbytes for state in states),
-    }
+    sizes = cache_bytes(make_plan(policy, shape), shape, 4)
+    assert sizes["features"] + sizes.get("differences", 0) == num_bytes(runner.features)
+    assert sizes.get("output", 0) == num_bytes(runner._outputs)
+    assert sizes["staleness"] == sum(state.staleness.nbytes for state in states)
+    assert sizes["scores"] == sum(state.scores.nbytes for state in states)
+
+
+def num_bytes(cache):
+    return sum(buffer.nbytes for buffers in cache._buffers.values() for buffer in buffers)
 
 
 def runner_of(model):

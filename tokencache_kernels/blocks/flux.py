@@ -10,6 +10,7 @@ from .. import ops
 from ..policies import Action, Site
 from .runner import Runner
 from .stream import Modulation, ResidualStream
+from .sublayers import add_forecast
 
 
 @dataclass(frozen=True)
@@ -34,13 +35,13 @@ class JointAttention:
             of_image, of_text = self.modulations
             outputs = self.module(image.modulate(of_image), text.modulate(of_text))
             remember_joint_attention(runner, self.site, *outputs)
-        else:
-            outputs = (
-                runner.features.load(self.site, like=image.hidden_states),
-                runner.features.load(_text_feature(self.site), like=text.hidden_states),
-            )
-        for stream, output, gate in zip((image, text), outputs, self.gates, strict=True):
-            stream.add(output, gate)
+            for stream, output, gate in zip((image, text), outputs, self.gates, strict=True):
+                stream.add(output, gate)
+            return
+        features = self.site, _text_feature(self.site)
+        for stream, feature, gate in zip((image, text), features, self.gates, strict=True):
+            stream.add(runner.features.load(feature, like=stream.hidden_states), gate)
+            add_forecast(stream, runner, feature, gate)
 
 
 def remember_joint_attention(runner: Runner, site: Site, image: Tensor, text: Tensor) -> None:

@@ -1,6 +1,6 @@
 """Asks the policy what every site does in each step, and makes the step's index lists."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor
 from .. import ops
 from ..cache import FeatureCache, TokenState
 from ..errors import CacheMissError, UnsupportedInputError
-from ..policies import Action, Decision, Policy, Site, Step
+from ..policies import Action, Decision, Policy, Site, Step, list_remembered
 
 
 @dataclass(frozen=True)
@@ -40,12 +40,14 @@ class Runner:
 
     Attributes:
         features: the cached outputs of all sub-layers.
+        backend: the backend of all ops.
     """
 
     def __init__(self, policy: Policy, backend: str = "auto") -> None:
-        self.features = FeatureCache()
+        self.features = FeatureCache(policy.forecast_order)
+        self.backend = backend
         self._policy = policy
-        self._backend = backend
+        self._outputs = FeatureCache()
         self._step_index = 0
 
     def begin_step(
@@ -68,7 +70,8 @@ class Runner:
 
         Raises:
             CacheMissError: the batch or the lanes are not those that the run began with.
-            UnsupportedInputError: the policy wants some tokens of a sub-layer that is whole.
+            UnsupportedInputError: the policy wants some tokens of a sub-layer that is whole, or
+                skips some sites of a step and not all.
         """
         if self._step_index == 0:
             self._begin_run(lanes, batch, device)
@@ -78,6 +81,9 @@ class Runner:
                 f"begin_step: step {self._step_index} must have {began} as the run began, got "
                 f"{now}; reset the cache before sampling with another batch or size"
             )
+        self.features.begin_step(self._step_index)
+        if self.skips_blocks:
+            return
         if self._is_predicted and any(map(self._is_partial, self._run[self._step_index])):
             assert predict_scores is not None, "adapters refuse scores that they cannot give"
             self._selections[0].tokens.scores.copy_(predict_scores(self.step))
@@ -87,7 +93,7 @@ class Runner:
     def _begin_run(self, lanes: Sequence[Lane], batch: int, device: torch.device) -> None:
         """Decide all steps at once, so that no later step waits for a copy to the device."""
         self._began_with = (tuple(lanes), batch)
-        total = self._policy.num_inference_steps
+        total, order = self._policy.num_inference_steps, self._policy.forecast_order
         self._run: list[dict[Site, Decision]] = [
             {
                 site: self._policy.decide(site, Step(index, total), lane.num_tokens)
@@ -96,6 +102,11 @@ class Runner:
             }
             for index in range(total)
         ]
+        self._skips = [_skips_blocks(step) for step in self._run]
+        self._remembered = {
+            site: list_remembered([step[site].action for step in self._run], order)
+            for site in self._run[0]
+        }
         self._selections: list[_LaneSelection] = []
         self._selection_of: dict[Site, _LaneSelection] = {}
         for lane in lanes:
@@ -114,7 +125,7 @@ class Runner:
                 )
             if not (self._is_predicted and self._selections):
                 selection = _LaneSelection(
-                    self._policy, lane, self._run, batch, device, self._backend
+                    self._policy, lane, self._run, batch, device, self.backend
                 )
                 if lane.shares_scores and self._selections:
                     selection.tokens.scores = self._selections[-1].tokens.scores
@@ -129,6 +140,11 @@ class Runner:
     def step(self) -> Step:
         """The step under way."""
         return Step(self._step_index, self._policy.num_inference_steps)
+
+    @property
+    def skips_blocks(self) -> bool:
+        """Whether no block runs in this step: the output of the step before stands."""
+        return self._skips[self._step_index]
 
     def decision(self, site: Site) -> Decision:
         """What the site does in this step, and how."""
@@ -146,11 +162,8 @@ class Runner:
         return all(self.action(site) is Action.FULL for site in sites)
 
     def is_remembered(self, site: Site) -> bool:
-        """Whether the site is computed in full now and reused by the next step."""
-        following = self._run[self._step_index + 1 : self._step_index + 2]
-        return self.action(site) is Action.FULL and any(
-            step[site].action is not Action.FULL for step in following
-        )
+        """Whether the site is computed in full now and a later step draws on that."""
+        return self._step_index in self._remembered[site]
 
     def keeps_keys(self, site: Site) -> bool:
         """Whether the site's keys and values are to be kept now, for the next step's queries."""
@@ -164,7 +177,7 @@ class Runner:
         return site in self._selection_of
 
     def remember(self, site: Site, output: Tensor) -> None:
-        """Store what a full computation of the site gave, if the next step will reuse it."""
+        """Store what a full computation of the site gave, if a later step draws on it."""
         if self.is_remembered(site):
             self.features.store(site, output)
         if site in self._selection_of:
@@ -184,7 +197,16 @@ class Runner:
         if site in self._selection_of:
             kept = self._selection_of[site].tokens.scores[site.layer]
             rows = scores[..., None].to(kept.dtype)
-            ops.scatter_rows_(kept[..., None], indices, rows, backend=self._backend)
+            ops.scatter_rows_(kept[..., None], indices, rows, backend=self.backend)
+
+    def remember_output(self, output: Tensor) -> None:
+        """Store what the last block gave, if the next step skips the blocks."""
+        if not self.skips_blocks and any(self._skips[self._step_index + 1 : self._step_index + 2]):
+            self._outputs.store("output", output)
+
+    def load_output(self, like: Tensor) -> Tensor:
+        """What the last block gave when the blocks last ran."""
+        return self._outputs.load("output", like)
 
     def end_step(self) -> None:
         """Go on to the next step; after the last one a new run begins."""
@@ -206,7 +228,7 @@ class _LaneSelection:
         self.lane = lane
         self.tokens = TokenState(len(lane.sites), batch, lane.num_tokens, device)
         self._policy = policy
-        self._backend = backend
+        self.backend = backend
         decisions = [[step[site] for site in lane.sites] for step in run]
         self._all_full = [all(one.action is Action.FULL for one in step) for step in decisions]
         # a full layer selects nothing
@@ -242,12 +264,22 @@ class _LaneSelection:
             self._num_fresh[step_index, first:last], max(self._counts[step_index][first:last]),
             sites=self.lane.sites[first:last],
             step=Step(step_index, self._policy.num_inference_steps),
-            grid=self.lane.grid, backend=self._backend,
+            grid=self.lane.grid, backend=self.backend,
         )  # fmt: skip
 
     def mark_fresh(self, layer: int) -> None:
         """The layer has computed all its tokens."""
         self.tokens.mark_fresh(layer)
+
+
+def _skips_blocks(decisions: Mapping[Site, Decision]) -> bool:
+    skipping = [decision.action is Action.SKIP for decision in decisions.values()]
+    if any(skipping) and not all(skipping):
+        raise UnsupportedInputError(
+            "begin_step: the policy must skip all sites of a step or none, got "
+            f"{sum(skipping)} of {len(skipping)}"
+        )
+    return any(skipping)
 
 
 def _describe(lanes: Sequence[Lane], batch: int) -> str:

@@ -1,12 +1,13 @@
 """What a block is made of: gated branches that are computed, recomputed in part, or reused."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from .. import ops
 from ..policies import Action, Site
 from .attention import SelfAttention
 from .mlp import Mlp
@@ -40,6 +41,19 @@ class SubLayer(Protocol):
 def run_sub_layer(stream: ResidualStream, runner: Runner, sub_layer: SubLayer) -> None:
     """Do what the policy says at this site; the gated output becomes a branch of the stream."""
     stream.add(bring_up_to_date(stream, runner, sub_layer), sub_layer.gate)
+    if runner.action(sub_layer.site) is not Action.FULL:
+        add_forecast(stream, runner, sub_layer.site, sub_layer.gate)
+
+
+def add_forecast(
+    stream: ResidualStream, runner: Runner, feature: Hashable, gate: Tensor | None
+) -> None:
+    """Add what a cached output is expected to have changed by since then, if it is forecast."""
+    for difference, factor in runner.features.differences(feature):
+        B, _, D = difference.shape
+        stream.add(
+            difference, difference.new_full((B, D), factor) if gate is None else gate * factor
+        )
 
 
 def bring_up_to_date(stream: ResidualStream, runner: Runner, sub_layer: SubLayer) -> Tensor:
@@ -52,7 +66,12 @@ def bring_up_to_date(stream: ResidualStream, runner: Runner, sub_layer: SubLayer
     else:
         output = runner.features.load(site, like=stream.hidden_states)
     if action is Action.PARTIAL:
-        sub_layer.recompute_(output, stream, *runner.selection(site))
+        indices, positions = runner.selection(site)
+        sub_layer.recompute_(output, stream, indices, positions)
+        for difference, _ in runner.features.differences(site):
+            # what is fresh is not forecast
+            zeros = difference.new_zeros(*indices.shape, difference.shape[2])
+            ops.scatter_rows_(difference, indices, zeros, backend=runner.backend)
     return output
 
 

@@ -1,6 +1,7 @@
 """Policies: when (schedule) x where (router) x which (selector), and what they will cost."""
 
-from .decisions import Action, Decision, Policy, Site, Step, count_fresh
+from .decisions import Action, Decision, Policy, Site, Step, count_fresh, list_remembered
+from .duca import DuCaConfig
 from .learning_to_cache import (
     ROUTER_PRESETS,
     CacheRouter,
@@ -32,7 +33,7 @@ from .shapes import (
     opensora_shape,
     pixart_shape,
 )
-from .toca import ToCaConfig, fora, random_tokens
+from .toca import ToCaConfig, fora, random_tokens, taylor_seer
 from .tokencache import (
     PercentileSchedule,
     TokenCacheConfig,
@@ -50,6 +51,7 @@ __all__ = [
     "CacheRouter",
     "ContentPredictor",
     "Decision",
+    "DuCaConfig",
     "FactorRouter",
     "IntervalSchedule",
     "LearningToCacheConfig",
@@ -83,6 +85,7 @@ __all__ = [
     "flux_shape",
     "fora",
     "import_router",
+    "list_remembered",
     "load_predictor",
     "load_router",
     "make_plan",
@@ -93,4 +96,5 @@ __all__ = [
     "rank_scores",
     "save_predictor",
     "save_router",
+    "taylor_seer",
 ]

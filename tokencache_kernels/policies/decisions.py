@@ -1,6 +1,7 @@
 """The words that policies are written in: a place, a time, and what is to be done there."""
 
 import ctypes
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Literal, Protocol
@@ -17,6 +18,7 @@ class Action(Enum):
     FULL = "full"  # compute every token and store the result
     PARTIAL = "partial"  # recompute the fresh tokens, reuse the others
     REUSE = "reuse"  # take the cached result as it is
+    SKIP = "skip"  # of all sites at once: run no block, take the last one's output as it was
 
 
 @dataclass(frozen=True)
@@ -78,8 +80,27 @@ class Policy(Protocol):
     def selector(self) -> "Selector":
         """How the fresh tokens of a partial step are chosen."""
 
+    @property
+    def forecast_order(self) -> int:
+        """0: what is not recomputed is reused; 1 or 2: it is forecast; see ``FeatureCache``."""
+
     def decide(self, site: Site, step: Step, num_tokens: int) -> Decision:
         """What happens at ``site`` in ``step``; ``num_tokens`` is the length of its sequence."""
+
+
+def list_remembered(run: Sequence[Action], forecast_order: int) -> list[int]:
+    """The steps whose output a site must store, given what it does in each step of a run.
+
+    They are the last ``1 + forecast_order`` full steps before every reuse, partial or not.
+    """
+    remembered: set[int] = set()
+    full: list[int] = []
+    for index, action in enumerate(run):
+        if action is Action.FULL:
+            full.append(index)
+        elif action is not Action.SKIP:
+            remembered.update(full[-1 - forecast_order :])
+    return sorted(remembered)
 
 
 def round_float32(value: float) -> float:

@@ -84,6 +84,11 @@ class LearningToCacheConfig:
         """No token is ever selected."""
         return ScoreSelector("none")
 
+    @property
+    def forecast_order(self) -> int:
+        """What is skipped is reused."""
+        return 0
+
     @cached_property
     def mask(self) -> tuple[tuple[bool, ...], ...]:
         """Whether each entry of ``logits`` says to compute; a table on the host: (T, 2L)."""

@@ -1,11 +1,10 @@
 """What a policy will do to a model, step by step, and what that costs; nothing is run."""
 
-import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from .decisions import Action, Decision, Policy, Site, Step
-from .shapes import ModelShape, ModuleShape
+from .decisions import Action, Decision, Policy, Site, Step, list_remembered
+from .shapes import ModelShape
 from .tokencache import TokenCacheConfig
 
 
@@ -20,6 +19,11 @@ class StepPlan:
     def is_full(self) -> bool:
         """Whether every site is computed in full."""
         return all(decision.action is Action.FULL for decision in self.decisions.values())
+
+    @property
+    def is_skipped(self) -> bool:
+        """Whether no block runs."""
+        return all(decision.action is Action.SKIP for decision in self.decisions.values())
 
     def full_layers(self, stream: str, module: str) -> tuple[int, ...]:
         """The layers in which a module is computed in full."""
@@ -48,6 +52,7 @@ class Plan:
     steps: tuple[StepPlan, ...]
     dense_flops: int
     is_predicted: bool = False
+    forecast_order: int = 0
 
     @property
     def flops(self) -> int:
@@ -70,7 +75,7 @@ def make_plan(policy: Policy, shape: ModelShape) -> Plan:
     total = policy.num_inference_steps
     steps = tuple(_plan_step(policy, shape, Step(index, total)) for index in range(total))
     is_predicted = policy.selector.base_score == "predicted"
-    return Plan(steps, total * shape.dense_flops, is_predicted)
+    return Plan(steps, total * shape.dense_flops, is_predicted, policy.forecast_order)
 
 
 def _plan_step(policy: Policy, shape: ModelShape, step: Step) -> StepPlan:
@@ -97,29 +102,38 @@ def cache_bytes(plan: Plan, shape: ModelShape, element_size: int) -> dict[str, i
     ``features``: the output of every site that a later step reuses, ``element_size`` bytes an
     element, and keys and values as large as that where fresh queries see cached ones;
     ``staleness`` and ``scores``: an int32 and a float32 for every token and layer of the modules
-    that are computed in part in some step, or of the blocks that a predictor scores.
+    that are computed in part in some step; an MLP shares the scores of what is selected before it
+    in its block, and where a predictor gives them the whole selection. ``differences``, where it
+    forecasts: as much as the features for every order; ``output``, where steps skip the blocks:
+    the last one's.
     """
-    features = selected = 0
+    sizes = dict.fromkeys(("features", "staleness", "scores"), 0)
+    differences = 0
+    token_bytes = shape.batch * shape.hidden * element_size
     for stack in shape.stacks:
+        is_selected = False
         for module in stack.modules:
             sites = [Site(stack.stream, layer, module.name) for layer in range(stack.num_layers)]
             runs = [[step.decisions[site] for step in plan.steps] for site in sites]
-            tokens = shape.batch * module.num_tokens
-            buffers = sum(_count_buffers(module, run) for run in runs)
-            features += buffers * tokens * shape.hidden * element_size
-            if any(map(_has_partial, runs)) and not (plan.is_predicted and module.name == "attn"):
-                selected += stack.num_layers * tokens
-    return {"features": features, "staleness": 4 * selected, "scores": 4 * selected}
+            buffer = module.num_tokens * token_bytes
+            for run in runs:
+                times = len(list_remembered([one.action for one in run], plan.forecast_order))
+                tensors = 3 if module.name == "attn" and _sees_cached_keys(run) else 1
+                sizes["features"] += buffer * min(times, 1) * tensors
+                differences += buffer * min(max(times - 1, 0), plan.forecast_order)
+            if not any(map(_has_partial, runs)):
+                continue
+            selected = 4 * stack.num_layers * shape.batch * module.num_tokens
+            is_shared = is_selected and module.name == "mlp"
+            is_selected = True
+            sizes["scores"] += 0 if is_shared else selected
+            sizes["staleness"] += 0 if is_shared and plan.is_predicted else selected
+    if plan.forecast_order:
+        sizes["differences"] = differences
+    if any(step.is_skipped for step in plan.steps):
+        sizes["output"] = shape.output_tokens * token_bytes
+    return sizes
 
 
-def _count_buffers(module: ModuleShape, run: list[Decision]) -> int:
-    """How many tensors of the width of the model one site keeps: none, its output, keys, values."""
-    if not any(
-        now.action is Action.FULL and then.action is not Action.FULL
-        for now, then in itertools.pairwise(run)
-    ):
-        return 0
-    sees_cached_keys = module.name == "attn" and any(
-        one.action is Action.PARTIAL and one.attention == "kv_cache" for one in run
-    )
-    return 3 if sees_cached_keys else 1
+def _sees_cached_keys(run: Iterable[Decision]) -> bool:
+    return any(one.action is Action.PARTIAL and one.attention == "kv_cache" for one in run)

@@ -19,6 +19,16 @@ class Schedule(Protocol):
         """Whether ``site`` computes every token in ``step``."""
 
 
+class CyclicSchedule(Schedule, Protocol):
+    """A schedule that also says where in a cycle a step lies."""
+
+    def place(self, step: Step) -> int:
+        """The remainder by the cycle's length of the step, as the published code counts it.
+
+        0 where the first block is full, or would be but for a longer cycle of its own.
+        """
+
+
 @dataclass(frozen=True)
 class IntervalSchedule:
     """Full in the first ``warmup`` steps, then in every ``refresh_interval``-th.
@@ -46,6 +56,10 @@ class IntervalSchedule:
         """Whether ``site`` computes every token in ``step``."""
         interval = self.refresh_interval * self.module_multiple.get(site.module, 1)
         return step.index < self.warmup or (step.index - self.phase) % interval == 0
+
+    def place(self, step: Step) -> int:
+        """``(index - phase) % refresh_interval``."""
+        return (step.index - self.phase) % self.refresh_interval
 
 
 @dataclass(frozen=True)
@@ -80,21 +94,27 @@ class AdaptiveSchedule:
 
     def is_full(self, site: Site, step: Step) -> bool:
         """Whether ``site`` computes every token in ``step``."""
-        in_first_block, in_other_blocks = _full_steps(self, step.total)[step.index]
+        in_first_block, in_other_blocks, _ = _full_steps(self, step.total)[step.index]
         return in_other_blocks if self.mixed_steps and site.layer > 0 else in_first_block
+
+    def place(self, step: Step) -> int:
+        """``s % tau``, and 0 in the first step."""
+        return _full_steps(self, step.total)[step.index][2]
 
 
 @lru_cache(maxsize=64)
-def _full_steps(schedule: AdaptiveSchedule, total: int) -> tuple[tuple[bool, bool], ...]:
-    """For every step, whether block 0 is full, and whether the others are if they ask again."""
+def _full_steps(schedule: AdaptiveSchedule, total: int) -> tuple[tuple[bool, bool, int], ...]:
+    """For every step: is block 0 full, are the others if they ask again, and the step's place."""
     tau = schedule.refresh_interval
     steps = []
     for step in (Step(index, total) for index in range(total)):
         s = step.counter(schedule.counts_down)
-        in_first_block = step.index == 0 or s % tau == 0
+        place = 0 if step.index == 0 else s % tau
+        in_first_block = place == 0
         if in_first_block:
             tau = _next_interval(schedule, s, total)
-        steps.append((in_first_block, in_first_block and (step.index == 0 or s % tau == 0)))
+        in_other_blocks = in_first_block and (step.index == 0 or s % tau == 0)
+        steps.append((in_first_block, in_other_blocks, place))
     return tuple(steps)
 
 

@@ -13,9 +13,9 @@ from .. import ops
 from ..ops._checks import fail
 from .decisions import Site, Step
 
-BaseScore = Literal["attention_received", "attention_entropy", "predicted", "none"]
+BaseScore = Literal["attention_received", "attention_entropy", "value_norm", "predicted", "none"]
 BASE_SCORES: tuple[BaseScore, ...] = (
-    "attention_received", "attention_entropy", "predicted", "none",
+    "attention_received", "attention_entropy", "value_norm", "predicted", "none",
 )  # fmt: skip
 Grid = tuple[int, int]
 
@@ -67,8 +67,8 @@ class ScoreSelector:
 
     ``score = normalized(base) + staleness_weight * staleness``, and on a grid the best token of
     every ``tile x tile`` square gains the factor ``1 + bonus``. The base is the attention that a
-    token receives, or ``1 +`` the entropy of its cross-attention, or what the policy's predictor
-    says (TokenCache), or nothing.
+    token receives, or ``1 +`` the entropy of its cross-attention, or ``1 -`` the norm of its value
+    (DuCa), or what the policy's predictor says (TokenCache), or nothing.
 
     ``shares_guidance`` gives both halves of the batch (conditional and not) one selection: entropy
     is then that of the two maps' mean, ``log 2 +`` the mean of theirs since they share no key.

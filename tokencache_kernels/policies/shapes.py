@@ -33,6 +33,8 @@ class ModuleShape:
         """The FLOPs of one sample and layer under ``decision``."""
         if decision.action is Action.FULL:
             return self.flops_full
+        if decision.action is Action.SKIP:
+            return 0
         if decision.action is Action.REUSE:
             return self.flops_always
         fresh = decision.num_fresh
@@ -60,6 +62,8 @@ class ModelShape:
     batch: int
     hidden: int
     heads: int
+    # the tokens of the last block
+    output_tokens: int
     stacks: tuple[StackShape, ...]
 
     @property
@@ -85,7 +89,9 @@ def dit_shape(
         _self_attention(hidden, heads, image_tokens, image_tokens),
         _mlp("mlp", hidden, mlp, image_tokens),
     )
-    return ModelShape(batch, hidden, heads, (StackShape("main", num_layers, modules),))
+    return ModelShape(
+        batch, hidden, heads, image_tokens, (StackShape("main", num_layers, modules),)
+    )
 
 
 def pixart_shape(
@@ -107,7 +113,9 @@ def pixart_shape(
         _cross_attention(hidden, heads, image_tokens, text_tokens),
         _mlp("mlp", hidden, mlp, image_tokens),
     )
-    return ModelShape(batch, hidden, heads, (StackShape("main", num_layers, modules),))
+    return ModelShape(
+        batch, hidden, heads, image_tokens, (StackShape("main", num_layers, modules),)
+    )
 
 
 def opensora_shape(
@@ -138,7 +146,7 @@ def opensora_shape(
         )
         for stream, num_keys in (("spatial", image_tokens), ("temporal", frames))
     )
-    return ModelShape(batch, hidden, heads, stacks)
+    return ModelShape(batch, hidden, heads, num_tokens, stacks)
 
 
 def flux_shape(
@@ -174,7 +182,7 @@ def flux_shape(
         _mlp("mlp", hidden, mlp, num_tokens, extra_per_token=project),
     )
     stacks = (StackShape("double", num_double, double), StackShape("single", num_single, single))
-    return ModelShape(batch, hidden, heads, stacks)
+    return ModelShape(batch, hidden, heads, image_tokens, stacks)
 
 
 def _self_attention(

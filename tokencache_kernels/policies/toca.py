@@ -25,10 +25,13 @@ class ToCaConfig:
     selector: Selector
     num_inference_steps: int
     name: str = "custom"
+    forecast_order: int = 0
 
     def __post_init__(self) -> None:
         if self.num_inference_steps < 1:
             fail("ToCaConfig", "num_inference_steps", "be at least 1", self.num_inference_steps)
+        if self.forecast_order not in (0, 1, 2):
+            fail("ToCaConfig", "forecast_order", "be 0, 1 or 2", self.forecast_order)
 
     @classmethod
     def preset(
@@ -140,6 +143,22 @@ class ToCaConfig:
 def fora(refresh_interval: int, num_inference_steps: int) -> ToCaConfig:
     """FORA (arXiv:2407.01425): every so many steps are full, and the others recompute no token."""
     return ToCaConfig.constant(0.0, refresh_interval, num_inference_steps, name="fora")
+
+
+def taylor_seer(refresh_interval: int, num_inference_steps: int, order: int = 2) -> ToCaConfig:
+    """TaylorSeer (arXiv:2503.06923): no token is recomputed between full steps, all are forecast.
+
+    Full are the first three steps, from which the differences are taken, and then every
+    ``refresh_interval``-th.
+    """
+    return ToCaConfig(
+        IntervalSchedule(refresh_interval, warmup=3, phase=2),
+        FactorRouter(0.0),
+        ScoreSelector("none"),
+        num_inference_steps,
+        name="taylor-seer",
+        forecast_order=order,
+    )
 
 
 def random_tokens(

@@ -193,6 +193,11 @@ class TokenCacheConfig:
         """The tokens with the highest scores of the predictor, and nothing else."""
         return ScoreSelector("predicted", normalize=False)
 
+    @property
+    def forecast_order(self) -> int:
+        """What is pruned is reused."""
+        return 0
+
     @cached_property
     def fresh_counts(self) -> tuple[tuple[int, ...], ...]:
         """How many tokens each block computes in each step, were the step not full: (T, L)."""

@@ -17,13 +17,13 @@ from ...errors import UnsupportedInputError
 from ...ops._checks import fail
 from ...policies import Policy, Predictor, Site, Step, TokenCacheConfig
 from .hooks import (
+    SELF_ATTENTION_HOOKS,
     BlockHook,
     Contexts,
     ContextState,
     FeatureHook,
     GridHook,
     KeyHook,
-    ScoreHook,
     expect_part,
     is_plain,
     main_site,
@@ -108,7 +108,7 @@ def attach(transformer: Any, policy: Policy, backend: str) -> None:
         wanted = f"be trained for {len(blocks)} blocks"
         fail("apply_token_cache", "predictor", wanted, f"one for {predictor.num_layers}")
     base_score = policy.selector.base_score
-    known = ("attention_received", "none") if predictor is None else ("predicted",)
+    known = (*SELF_ATTENTION_HOOKS, "none") if predictor is None else ("predicted",)
     if base_score not in known:
         raise UnsupportedInputError(
             f"apply_token_cache: the selector's base_score must be one of {', '.join(known)} on a "
@@ -120,8 +120,8 @@ def attach(transformer: Any, policy: Policy, backend: str) -> None:
         attention, mlp = main_site(layer, "attn"), main_site(layer, "mlp")
         register(block, _BlockHook(contexts, layer, len(blocks), predictor, backend))
         register(block.ff, FeatureHook(contexts, mlp))
-        if base_score == "attention_received":
-            hook = ScoreHook(contexts, attention, [attention, mlp], backend)
+        if base_score in SELF_ATTENTION_HOOKS:
+            hook = SELF_ATTENTION_HOOKS[base_score](contexts, attention, [attention, mlp], backend)
             register_score_hook(block.attn1, contexts, hook)
         else:
             register(block.attn1, FeatureHook(contexts, attention))

@@ -112,6 +112,8 @@ class _DoubleBlockHook(_FluxHook):
             state.streams.clear()
             lanes = _lanes(self._depths, text.shape[1], image.shape[1])
             state.runner.begin_step(lanes, image.shape[0], image.device)
+        if state.runner.skips_blocks:
+            return text, image
         if state.runner.is_full(double_sites(self._layer)):
             text, image = self._leave_streams(text, image)
             with state.own_code():
@@ -183,6 +185,11 @@ class _SingleBlockHook(_FluxHook):
         _check_call(joint_attention_kwargs)
         state, text, image = self.state, encoder_hidden_states, hidden_states
         attention_site, mlp_site = single_sites(self._layer)
+        if state.runner.skips_blocks:
+            if self._is_last:
+                image = state.runner.load_output(like=image)
+                state.runner.end_step()
+            return text, image
         if state.runner.is_full((attention_site, mlp_site)):
             text, image = state.leave_joint_stream(text, image)
             # not a hook of diffusers': LoRA that is loaded later puts itself around proj_out
@@ -199,6 +206,8 @@ class _SingleBlockHook(_FluxHook):
             text, image = state.show_joint_stream(text.shape[1])
         if self._is_last:
             text, image = state.leave_joint_stream(text, image)
+            # the final layer looks at nothing else
+            state.runner.remember_output(image)
             state.runner.end_step()
         return text, image
 

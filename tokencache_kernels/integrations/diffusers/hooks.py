@@ -136,6 +136,12 @@ class BlockHook(StatefulHook):
             state.streams.clear()
             predict = partial(self.predict_scores, block, hidden_states, **named)
             self._begin_step(runner, hidden_states, predict)
+        is_last = self._layer == self._num_layers - 1
+        if runner.skips_blocks:
+            if is_last:
+                hidden_states = runner.load_output(like=hidden_states)
+                runner.end_step()
+            return hidden_states
         if runner.is_full([main_site(self._layer, module) for module in self.modules]):
             hidden_states = state.leave_stream("main", hidden_states)
             with state.own_code():
@@ -145,8 +151,9 @@ class BlockHook(StatefulHook):
             for sub_layer in self.make_sub_layers(block, hidden_states, **named):
                 run_sub_layer(stream, runner, sub_layer)
             hidden_states = stream.hidden_states
-        if self._layer == self._num_layers - 1:
+        if is_last:
             hidden_states = state.leave_stream("main", hidden_states)
+            runner.remember_output(hidden_states)
             runner.end_step()
         return hidden_states
 
@@ -223,10 +230,13 @@ class TapHook(StatefulHook):
 
 
 class ScoreHook(FeatureHook):
-    """Also scores the layer's tokens; the model keeps its fused attention.
+    """Also scores the layer's tokens, by the attention that each receives.
 
-    ``register_score_hook`` puts it on an attention, and taps query and key.
+    The model keeps its fused attention. ``register_score_hook`` puts the hook on an attention, and
+    taps on the projections whose outputs it needs.
     """
+
+    projections: tuple[str, ...] = ("to_q", "to_k")
 
     def __init__(
         self, contexts: Contexts, site: Site, scored_sites: Sequence[Site], backend: str
@@ -235,8 +245,9 @@ class ScoreHook(FeatureHook):
         self._scored_sites = scored_sites
         self._backend = backend
 
-    def compute_scores(self, attention: Any, query: Tensor, key: Tensor) -> Tensor:
-        """(B, N), of query (B, N, H, E) and key."""
+    def compute_scores(self, attention: Any, *projected: Tensor) -> Tensor:
+        """(B, N), of the outputs of the projections, (B, N, H, E) each."""
+        query, key = projected
         received = ops.attention_received(
             query, key, softmax_scale=attention.scale, backend=self._backend
         )
@@ -247,15 +258,30 @@ class ScoreHook(FeatureHook):
         state = self.state
         runner = state.runner
         if state.is_own_code:
-            query, key = (
+            projected = [
                 state.taps.pop(name).unflatten(-1, (attention.heads, -1))
-                for name in ("query", "key")
-            )
+                for name in self.projections
+            ]
             # the sites share their scores
             scored = next(filter(runner.is_selected, self._scored_sites), None)
             if scored is not None and runner.is_remembered(self._site):
-                runner.store_scores(scored, self.compute_scores(attention, query, key))
+                runner.store_scores(scored, self.compute_scores(attention, *projected))
         return super().post_forward(attention, output)
+
+
+class ValueNormHook(ScoreHook):
+    """Scores a token by how small its value in self-attention is."""
+
+    projections = ("to_v",)
+
+    def compute_scores(self, attention: Any, *projected: Tensor) -> Tensor:
+        """``1 - mean_h |v[b, n, h]|``, up to the factor H what is summed over the heads."""
+        (value,) = projected
+        return 1 - ops.head_norms(value, backend=self._backend)
+
+
+# by base score, what scores the tokens of a self-attention
+SELF_ATTENTION_HOOKS = {"attention_received": ScoreHook, "value_norm": ValueNormHook}
 
 
 def main_site(layer: int, module: str) -> Site:
@@ -269,10 +295,10 @@ def register(module: nn.Module, hook: ModelHook) -> None:
 
 
 def register_score_hook(attention: Any, contexts: Contexts, hook: ScoreHook) -> None:
-    """Put the hook on an attention, and taps on its query and key."""
+    """Put the hook on an attention, and taps on what it scores by."""
     register(attention, hook)
-    register(attention.to_q, TapHook(contexts, "query"))
-    register(attention.to_k, TapHook(contexts, "key"))
+    for name in hook.projections:
+        register(getattr(attention, name), TapHook(contexts, name))
 
 
 def expect_part(wanted: str, got: object, is_fine: bool) -> None:

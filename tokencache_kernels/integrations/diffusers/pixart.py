@@ -12,6 +12,7 @@ from ...blocks import CrossAttentionLayer, Lane, MlpLayer, SubLayer, WholeLayer
 from ...errors import UnsupportedInputError
 from ...policies import Policy, Site
 from .hooks import (
+    SELF_ATTENTION_HOOKS,
     BlockHook,
     Contexts,
     ContextState,
@@ -28,7 +29,7 @@ from .hooks import (
     register_score_hook,
 )
 
-_BASE_SCORES = ("attention_entropy", "attention_received", "none")
+_BASE_SCORES = ("attention_entropy", *SELF_ATTENTION_HOOKS, "none")
 _PROCESSORS = ("AttnProcessor", "AttnProcessor2_0")
 # parts of an attention that fresh queries would not pass through
 _UNKNOWN_PARTS = (
@@ -159,8 +160,9 @@ class _BlockHook(BlockHook):
 class _EntropyHook(ScoreHook):
     """Scores a token by the entropy of its row of the head-averaged cross-attention map."""
 
-    def compute_scores(self, attention: Any, query: Tensor, key: Tensor) -> Tensor:
+    def compute_scores(self, attention: Any, *projected: Tensor) -> Tensor:
         """(B, N), of query (B, N, H, E) and key (B, M, H, E)."""
+        query, key = projected
         return ops.attention_entropy(
             query, key, key_lengths=_text_state(self).key_lengths, softmax_scale=attention.scale,
             backend=self._backend,
@@ -191,8 +193,8 @@ def attach(transformer: Any, policy: Policy, backend: str) -> None:
             register_score_hook(block.attn2, contexts, entropy_hook)
         else:
             register(block.attn2, FeatureHook(contexts, cross))
-        if base_score == "attention_received":
-            hook = ScoreHook(contexts, attention, scored, backend)
+        if base_score in SELF_ATTENTION_HOOKS:
+            hook = SELF_ATTENTION_HOOKS[base_score](contexts, attention, scored, backend)
             register_score_hook(block.attn1, contexts, hook)
         else:
             register(block.attn1, FeatureHook(contexts, attention))
