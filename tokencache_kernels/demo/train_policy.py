@@ -21,6 +21,7 @@ from .sampling import STEPS
 
 METHODS = {
     "l2c": ("train_l2c", "Learning-to-Cache's router: which sub-layers a step skips"),
+    "tokencache": ("train_tokencache", "TokenCache's predictor: which tokens a step computes"),
 }
 
 
@@ -41,7 +42,12 @@ def run(options: argparse.Namespace) -> int:
 
 
 def add_training_arguments(
-    parser: argparse.ArgumentParser, *, steps: int, batch: int, learning_rate: float, out: str
+    parser: argparse.ArgumentParser,
+    *,
+    steps: int,
+    batch: int,
+    learning_rate: float | None,
+    out: str,
 ) -> None:
     """What all methods take, with the method's defaults."""
     parser.add_argument("--steps", type=int, default=steps, help="training steps")
