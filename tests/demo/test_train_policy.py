@@ -1,10 +1,13 @@
 """``tokencache train`` on the demo's model, untrained, for a few steps."""
 
+import hashlib
 import json
 
 import pytest
 
 from tokencache_kernels.cli import main
+from tokencache_kernels.demo.model import SHAPE, WEIGHTS
+from tokencache_kernels.demo.train_l2c import ROUTER
 from tokencache_kernels.policies import load_router
 
 
@@ -55,3 +58,18 @@ def test_a_method_must_be_one_that_there_is(capsys):
         main(["train", "l2d"])
 
     assert "invalid choice: 'l2d'" in capsys.readouterr().err
+
+
+def test_the_router_that_ships_is_for_the_model_that_ships():
+    router = load_router(ROUTER, num_layers=SHAPE["num_layers"], num_inference_steps=50)
+
+    record = json.loads(ROUTER.with_suffix(".json").read_text())
+    assert record["weights_sha256"] == hashlib.sha256(WEIGHTS.read_bytes()).hexdigest()
+    assert record["skipped_share"] == round(router.skipped_share, 4)
+    assert 0.4 < router.skipped_share < 0.6
+    # what pays: early steps live on the step before, late ones compute nearly everything
+    early, late = (
+        sum(sum(router.mask[counter]) for counter in counters)
+        for counters in (range(26, 50, 2), range(0, 16, 2))
+    )
+    assert early < late / 4

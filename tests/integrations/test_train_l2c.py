@@ -226,3 +226,14 @@ def test_a_router_runs_as_it_was_blended_in_training(logits):
             got = model(x, **named).sample
 
         torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("depth", [2, 4])
+def test_a_router_for_another_depth_is_refused_and_nothing_is_hooked(depth):
+    model = tiny_dit()
+    config = LearningToCacheConfig(CacheRouter(depth, STEPS).stack())
+
+    with pytest.raises(ValueError, match=f"config must be for 3 blocks, got one for {depth}"):
+        apply_token_cache(model, config)
+
+    assert not any(hasattr(module, "_diffusers_hook") for module in model.modules())

@@ -328,7 +328,8 @@ def test_a_config_that_makes_no_sense_is_refused(logits, threshold, sentence):
     [
         (Site("main", 3, "mlp"), Step(0, 6), "be for a model with a block 3, got some for 3 bl"),
         (Site("main", 0, "mlp"), Step(0, 7), "logits must be for 7 steps, got one for 6"),
-        (Site("main", 0, "cross"), Step(0, 6), "site must be one of attn, mlp, got cross"),
+        (Site("main", 0, "cross"), Step(0, 6), "site must be the attention or MLP of a model wit"),
+        (Site("single", 0, "mlp"), Step(0, 6), "site must be the attention or MLP of a model wit"),
     ],
 )
 def test_a_model_that_does_not_fit_is_refused(site, step, sentence):

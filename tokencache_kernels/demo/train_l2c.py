@@ -23,7 +23,7 @@ ROUTER = Path(__file__).parent / "weights" / "digits_router.safetensors"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The common options, what a computed sub-layer costs, and where to cut."""
     add_training_arguments(
-        parser, steps=2000, batch=4, learning_rate=0.1, out="digits_router.safetensors"
+        parser, steps=1200, batch=2, learning_rate=0.2, out="digits_router.safetensors"
     )
     parser.add_argument(
         "--lambda",

@@ -123,8 +123,8 @@ class LearningToCacheConfig:
         if site.layer >= self.num_layers:
             got = f"some for {self.num_layers} blocks"
             fail(name, "logits", f"be for a model with a block {site.layer}", got)
-        if site.module not in _MODULES:
-            fail(name, "site", f"be one of {', '.join(_MODULES)}", site.module)
+        if site.stream != "main" or site.module not in _MODULES:
+            fail(name, "site", "be the attention or MLP of a model with one stream", site)
         entry = 2 * site.layer + _MODULES.index(site.module)
         if self.is_full(step) or self.mask[step.counter(self.counts_down)][entry]:
             return Decision(Action.FULL, num_tokens)

@@ -9,6 +9,7 @@ from diffusers.hooks.hooks import CacheContext, _set_cache_context
 from torch import nn
 
 from ...errors import UnsupportedInputError
+from ...ops._checks import fail
 from ...policies import Policy
 from . import dit, flux, pixart
 from .hooks import HOOK_NAME
@@ -38,7 +39,8 @@ def apply_token_cache(transformer: nn.Module, config: Policy, *, backend: str = 
 
     Raises:
         UnsupportedInputError: the model or a part of it is not supported; the message names it.
-        ValueError: the transformer already has a token cache.
+        ValueError: the transformer already has a token cache, or the policy was trained for a
+            model of another depth.
 
     Source:
         ToCa (arXiv:2410.05317).
@@ -54,6 +56,11 @@ def apply_token_cache(transformer: nn.Module, config: Policy, *, backend: str = 
             "apply_token_cache: transformer must not have a token cache yet, got one that has; "
             "call remove_token_cache first"
         )
+    blocks: Any = transformer.transformer_blocks
+    # only what was trained has a depth
+    depth = getattr(config, "num_layers", len(blocks))
+    if depth != len(blocks):
+        fail("apply_token_cache", "config", f"be for {len(blocks)} blocks", f"one for {depth}")
     adapter.attach(transformer, config, backend)
 
 
