@@ -16,7 +16,7 @@ from .version import __version__
 PACKAGES = ("torch", "triton", "diffusers", "safetensors", "mlxtend", "matplotlib", "tqdm")
 DEVICES = ("cpu", "cuda")
 # in the order in which a block calls them; a functional twin runs through its in-place op
-OPS = tuple(name for name in ops.__all__ if hasattr(reference, name))
+OPS = tuple(name for name in ops.__all__ if name in reference.__all__)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -2,7 +2,7 @@
 
 import os
 
-BACKENDS = ("auto", "triton", "native", "reference")
+BACKENDS = ("auto", "triton", "native", "reference", "library")
 
 
 def backend() -> str:

@@ -69,7 +69,7 @@ CASES = [
     ("gather_rows", {"indices": random_indices(3, N, S)}, "indices must have shape (B, S) = (2, any), got (3, 5)"),
     ("gather_rows", {"indices": random_indices(B, 20, 13)}, "indices must hold at most N = 12 slots, got 13"),
     ("gather_rows", {"indices": random_indices(B, N, S).to("meta")}, "indices must be on cpu, got meta"),
-    ("gather_rows", {"backend": "cuda"}, "backend must be one of auto, triton, native, reference, got 'cuda'"),
+    ("gather_rows", {"backend": "cuda"}, "backend must be one of auto, triton, native, reference, library, got 'cuda'"),
     ("scatter_rows_", {"rows": randn(B, 4, D)}, "rows must have shape (B, S, D) = (2, 5, 16), got (2, 4, 16)"),
     ("scatter_rows_", {"rows": randn(B, S, D).half()}, "rows must be float32, got float16"),
     ("scatter_rows", {"rows": randn(B, S, 8)}, "rows must have shape (B, S, D) = (2, 5, 16), got (2, 5, 8)"),

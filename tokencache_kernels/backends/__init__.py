@@ -1,4 +1,4 @@
-"""Who runs an op: plain PyTorch, the native library, or Triton.
+"""Who runs an op: plain PyTorch, the native library, Triton, or another library's attention.
 
 A backend is a module with functions named like the ops (the contract is spelled out in
 ``reference``) and one function ``unavailable(device, dtype) -> str | None``, the reason it cannot
@@ -7,7 +7,7 @@ run there.
 
 import importlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -23,12 +23,17 @@ _PREFERENCE = {"cuda": ("triton", "native", "reference"), "cpu": ("native", "ref
 
 
 def resolve(
-    op: str, device: torch.device, dtype: torch.dtype, backend: str = "auto"
+    op: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    backend: str = "auto",
+    preference: Sequence[str] | None = None,
 ) -> Callable[..., Any]:
     """Return the function that runs ``op`` on ``device``.
 
     A backend asked for by name, as an argument or through ``TOKENCACHE_BACKEND``, either runs or
     raises; only ``"auto"`` may pick another, and says at debug level what it passed over and why.
+    It tries the backends in the order of ``preference``, or in that of the device.
 
     Raises:
         ValueError: ``backend`` is not a backend's name.
@@ -44,7 +49,7 @@ def resolve(
         if reason is not None:
             raise BackendUnavailableError(f"{op}: backend {name!r} cannot run here: {reason}")
         return getattr(load(name), op)
-    for name in _PREFERENCE.get(device.type, ("reference",)):
+    for name in preference or _PREFERENCE.get(device.type, ("reference",)):
         reason = unavailable(name, op, device, dtype)
         if reason is None:
             return getattr(load(name), op)

@@ -1,6 +1,6 @@
 """Registers the ops with PyTorch: one namespace, schemas by hand, a fake for each."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -22,9 +22,11 @@ def define(schema: str, implementation: Callable[..., Any], fake: Callable[..., 
     return getattr(getattr(torch.ops, NAMESPACE), name).default
 
 
-def run(op: str, anchor: Tensor, backend: str) -> Callable[..., Any]:
+def run(
+    op: str, anchor: Tensor, backend: str, preference: Sequence[str] | None = None
+) -> Callable[..., Any]:
     """The function that runs ``op`` where ``anchor`` lies; only called inside a registered op."""
-    launch = backends.resolve(op, anchor.device, anchor.dtype, backend)
+    launch = backends.resolve(op, anchor.device, anchor.dtype, backend, preference)
     if anchor.device.type != "cuda" or anchor.device.index == torch.cuda.current_device():
         return launch
 

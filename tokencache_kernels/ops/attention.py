@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..backends import reference
+from ..backends import library, reference
 from ._checks import expect, expect_no_grad
 from ._library import define, run
 
@@ -16,7 +16,7 @@ def _run_attention(
     softmax_scale: float,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    launch = run("attention", query, backend)
+    launch = run("attention", query, backend, library.preference(query, key, value, key_lengths))
     result: tuple[Tensor, Tensor] = launch(query, key, value, key_lengths, softmax_scale)
     return result
 
@@ -30,7 +30,8 @@ def _run_attention_with_entropy(
     head_mean: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    launch = run("attention_with_entropy", query, backend)
+    preference = library.preference(query, key, value, key_lengths)
+    launch = run("attention_with_entropy", query, backend, preference)
     result: tuple[Tensor, Tensor, Tensor] = launch(
         query, key, value, key_lengths, softmax_scale, head_mean
     )
@@ -82,9 +83,9 @@ def attention(
         value: (B, N, H, E), likewise.
         key_lengths: (B,) int32, how many keys each sample has (text of different lengths), or None.
         softmax_scale: the factor before the softmax; None: 1 / sqrt(E).
-        backend: ``"auto"``, ``"library"``, ``"triton"``, ``"native"`` or ``"reference"``; auto
-            takes the first of a table's row for this device, dtype and size that can run it
-            (``tokencache info`` shows which). ``"library"``: the attention of another library.
+        backend: ``"auto"``, ``"triton"``, ``"reference"`` or ``"library"``, the best attention of
+            another library. Auto takes the first that can run from a table by device, dtype and
+            head dim; ``tokencache info`` says which.
 
     Returns:
         out: (B, S, H, E), contiguous; zeros where a sample has no key.
