@@ -121,13 +121,20 @@ def test_a_token_that_never_changes_is_scored_below_those_that_do(tmp_path):
 
 
 def test_training_leaves_the_model_as_it_was(tmp_path):
-    model = tiny_dit()
+    """Also one as it comes from a config: in training mode, with weights that can be trained."""
+    model = tiny_dit().train().requires_grad_()
     before = {name: value.clone() for name, value in model.state_dict().items()}
+    predictor = make_content_predictor(model, STEPS)
 
-    train(make_content_predictor(model, STEPS), tmp_path, model, num_steps=2)
+    train(predictor, tmp_path, model, num_steps=2)
 
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(value.requires_grad and value.grad is None for value in model.parameters())
+    assert model.training
     assert not any(module._forward_hooks for module in model.modules())
+    frozen = make_content_predictor(tiny_dit(), STEPS)
+    train(frozen, tmp_path / "frozen", num_steps=2)
+    assert torch.equal(frozen.score.weight, predictor.score.weight)
 
 
 def test_a_run_that_is_broken_off_ends_with_the_same_bits(tmp_path):
@@ -195,7 +202,9 @@ def test_calibration_is_the_mean_over_noised_samples():
     predictor = make_content_predictor(model, STEPS)
     nn.init.normal_(predictor.score.weight, generator=torch.Generator().manual_seed(1))
 
-    calibrate_predictor(model, predictor, ddim, draw, num_batches=1, seed=5)
+    calibrate_predictor(model.train(), predictor, ddim, draw, num_batches=1, seed=5)
+
+    model.eval()
 
     generator = torch.Generator().manual_seed(5)
     clean, labels = draw(generator)

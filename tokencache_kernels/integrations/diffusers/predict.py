@@ -10,7 +10,14 @@ from torch import Tensor, nn
 from ...ops._checks import fail
 from ...policies import ContentPredictor, Predictor, TablePredictor, rank_scores
 from ...policies.training import TrainingSettings, train_module
-from .superpose import Draw, Superposition, find_sublayers, run_step_before
+from .superpose import (
+    Draw,
+    Superposition,
+    check_scheduler,
+    find_sublayers,
+    frozen,
+    run_step_before,
+)
 
 
 def read_inputs(
@@ -79,7 +86,9 @@ def train_predictor(
     sparsity: float,
     facts: Mapping[str, str],
 ) -> list[dict[str, float]]:
-    """Train a predictor by superposition; the transformer stays as it is.
+    """Train a predictor by superposition, for the steps that a scheduler is set to.
+
+    The transformer stays as it is.
 
     For samples at random steps, the step before is computed by the whole model and its sub-layers'
     outputs are kept. In the step itself each token takes ``score * fresh + (1 - score) * kept`` in
@@ -87,7 +96,7 @@ def train_predictor(
     of the network's outputs.
 
     Args:
-        transformer: a ``DiTTransformer2DModel`` that predicts noise, in evaluation mode.
+        transformer: a ``DiTTransformer2DModel`` that predicts noise, and a variance too or not.
         predictor: trained in place; on the transformer's device.
         scheduler: a diffusers scheduler with ``alphas_cumprod``, whose timesteps are set.
         draw: gives a batch of clean latents and labels.
@@ -100,11 +109,15 @@ def train_predictor(
         The history of ``train_module``, with the mean ``score``.
 
     Raises:
-        ValueError: the predictor does not fit the transformer or the scheduler.
+        ValueError: the predictor does not fit the transformer or the scheduler; the scheduler has
+            fewer than two steps, or a model with it does not predict noise; see ``train_module``
+            for the others.
         UnsupportedInputError: the transformer is of another class.
+        DivergedError: see ``train_module``.
     """
     _check_fit("train_predictor", transformer, predictor, scheduler)
-    superposition = Superposition(transformer)
+    if not sparsity >= 0:
+        fail("train_predictor", "sparsity", "be at least 0", sparsity)
     sites = list(find_sublayers(transformer))
 
     def compute_loss(_: int, generator: torch.Generator) -> tuple[Tensor, Mapping[str, float]]:
@@ -120,15 +133,17 @@ def train_predictor(
         scores = predictor(*inputs, steps.to(latents.device))
         with superposition.blending({site: scores[site.layer] for site in sites}):
             superposed = transformer(latents, timestep=timestep, class_labels=labels).sample
-        error, score = (superposed - exact).square().mean(), scores.mean()
+        error, score = (superposed.float() - exact.float()).square().mean(), scores.mean()
         figures = {"error": error.item(), "score": score.item()}
         return error + sparsity * score, figures
 
+    superposition = Superposition(transformer)
     try:
-        return train_module(
-            predictor, compute_loss, settings, checkpoint,
-            facts={**facts, "predictor": repr(predictor), "sparsity": str(sparsity)},
-        )  # fmt: skip
+        with frozen(transformer):
+            return train_module(
+                predictor, compute_loss, settings, checkpoint,
+                facts={**facts, "predictor": repr(predictor), "sparsity": str(sparsity)},
+            )  # fmt: skip
     finally:
         superposition.remove()
 
@@ -152,15 +167,16 @@ def calibrate_predictor(
     _check_fit("calibrate_predictor", transformer, predictor, scheduler)
     generator = torch.Generator().manual_seed(seed)
     importance = torch.zeros_like(predictor.importance)
-    for _ in range(num_batches):
-        latents, labels = draw(generator)
-        noise = torch.randn(latents.shape, generator=generator).to(latents)
-        for step, timestep in enumerate(scheduler.timesteps):
-            timesteps = timestep.to(latents.device).expand(len(latents))
-            noisy = scheduler.add_noise(latents, noise, timesteps)
-            scores = predictor(*read_inputs(transformer, noisy, timesteps, labels), step)
-            importance[step] += rank_scores(scores)
-    importance[0] = importance[min(1, predictor.num_steps - 1)]
+    with frozen(transformer):
+        for _ in range(num_batches):
+            latents, labels = draw(generator)
+            noise = torch.randn(latents.shape, generator=generator).to(latents)
+            for step, timestep in enumerate(scheduler.timesteps):
+                timesteps = timestep.to(latents.device).expand(len(latents))
+                noisy = scheduler.add_noise(latents, noise, timesteps)
+                scores = predictor(*read_inputs(transformer, noisy, timesteps, labels), step)
+                importance[step] += rank_scores(scores)
+    importance[0] = importance[1]
     predictor.importance.copy_(importance / num_batches)
 
 
@@ -171,7 +187,8 @@ def _sizes(transformer: Any) -> tuple[int, int]:
 
 
 def _check_fit(op: str, transformer: Any, predictor: Predictor, scheduler: Any) -> None:
-    wanted = (*_sizes(transformer), len(scheduler.timesteps))
+    find_sublayers(transformer)
+    wanted = (*_sizes(transformer), check_scheduler(op, scheduler))
     sizes = (predictor.num_layers, predictor.num_tokens, predictor.num_steps)
     if sizes != wanted:
         describe = "{} blocks, {} tokens and {} steps".format

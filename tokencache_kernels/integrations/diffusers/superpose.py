@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ... import ops
 from ...errors import CacheMissError, UnsupportedInputError
+from ...ops._checks import fail
 from ...policies import Site
 
 # takes the generator of the run; gives clean latents (B, C, H, W) and class labels (B,)
@@ -106,6 +107,31 @@ def find_sublayers(transformer: Any) -> dict[Site, nn.Module]:
         sublayers[Site("main", layer, "attn")] = block.attn1
         sublayers[Site("main", layer, "mlp")] = block.ff
     return sublayers
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Run the model in evaluation mode and without gradients to its weights inside."""
+    was_training = model.training
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model.eval().requires_grad_(False)
+    try:
+        yield
+    finally:
+        model.train(was_training)
+        for parameter in trained:
+            parameter.requires_grad_()
+
+
+def check_scheduler(op: str, scheduler: Any) -> int:
+    """Refuse steps of which none can be cached, and models that predict no noise; count them."""
+    num_steps = len(scheduler.timesteps)
+    if num_steps < 2:
+        fail(op, "scheduler", "be set to at least 2 steps", num_steps)
+    if scheduler.config.prediction_type != "epsilon":
+        got = repr(scheduler.config.prediction_type)
+        fail(op, "scheduler", "have prediction_type 'epsilon'", got)
+    return num_steps
 
 
 def run_step_before(

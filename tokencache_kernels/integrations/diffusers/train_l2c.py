@@ -1,17 +1,23 @@
 """Train Learning-to-Cache's router on a diffusers transformer."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...ops._checks import fail
 from ...policies import CacheRouter, LearningToCacheConfig
 from ...policies.training import TrainingSettings, train_module
-from .superpose import Draw, Superposition, find_sublayers, run_step_before
+from .superpose import (
+    Draw,
+    Superposition,
+    check_scheduler,
+    find_sublayers,
+    frozen,
+    run_step_before,
+)
 
 LABEL_DROPOUT = 0.1
 
@@ -59,14 +65,9 @@ def train_router(
         UnsupportedInputError: the transformer is of another class.
         DivergedError: see ``train_module``.
     """
-    op, num_steps = "train_router", len(scheduler.timesteps)
-    if num_steps < 2:
-        fail(op, "scheduler", "be set to at least 2 steps", num_steps)
-    if scheduler.config.prediction_type != "epsilon":
-        got = repr(scheduler.config.prediction_type)
-        fail(op, "scheduler", "have prediction_type 'epsilon'", got)
+    num_steps = check_scheduler("train_router", scheduler)
     if not sparsity >= 0:
-        fail(op, "sparsity", "be at least 0", sparsity)
+        fail("train_router", "sparsity", "be at least 0", sparsity)
     sites = list(find_sublayers(transformer))
     device = next(transformer.parameters()).device
     router = CacheRouter(len(sites) // 2, num_steps, settings.seed).to(device)
@@ -96,7 +97,7 @@ def train_router(
 
     superposition = Superposition(transformer)
     try:
-        with _frozen(transformer):
+        with frozen(transformer):
             history = train_module(
                 router, compute_loss, settings, checkpoint,
                 facts={
@@ -110,17 +111,3 @@ def train_router(
     finally:
         superposition.remove()
     return make_config(), history
-
-
-@contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """Run the model in evaluation mode and without gradients to its weights inside."""
-    was_training = model.training
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    model.eval().requires_grad_(False)
-    try:
-        yield
-    finally:
-        model.train(was_training)
-        for parameter in trained:
-            parameter.requires_grad_()
