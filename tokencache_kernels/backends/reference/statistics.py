@@ -80,7 +80,7 @@ def _logit_blocks(
     for start in range(0, S, block):
         queries = slice(start, min(start + block, S))
         rows = query[queries].to(columns.dtype).transpose(0, 1)
-        yield queries, (rows * softmax_scale) @ columns
+        yield queries, rows @ columns * softmax_scale
 
 
 def _wide(x: Tensor) -> torch.dtype:
