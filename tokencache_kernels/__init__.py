@@ -11,7 +11,14 @@ from .version import __version__
 if TYPE_CHECKING:
     from .errors import *  # noqa: F403
     from .ops import *  # noqa: F403
-    from .policies import ToCaConfig, fora, random_tokens  # noqa: F401
+    from .policies import (  # noqa: F401
+        LearningToCacheConfig,
+        ToCaConfig,
+        fora,
+        import_router,
+        load_router,
+        random_tokens,
+    )
 
 _HOMES = {
     ".errors": (
@@ -51,7 +58,14 @@ _HOMES = {
         "select_tokens_",
         "token_change",
     ),
-    ".policies": ("ToCaConfig", "fora", "random_tokens"),
+    ".policies": (
+        "LearningToCacheConfig",
+        "ToCaConfig",
+        "fora",
+        "import_router",
+        "load_router",
+        "random_tokens",
+    ),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from diffusers import DDIMScheduler
 
 from tokencache_kernels.errors import DivergedError, UnsupportedInputError
-from tokencache_kernels.integrations.diffusers import apply_token_cache
+from tokencache_kernels.integrations.diffusers import apply_token_cache, token_cache_context
 from tokencache_kernels.integrations.diffusers.superpose import Superposition, find_sublayers
 from tokencache_kernels.integrations.diffusers.train_l2c import train_router
 from tokencache_kernels.policies import CacheRouter, LearningToCacheConfig
@@ -226,6 +226,23 @@ def test_a_router_runs_as_it_was_blended_in_training(logits):
             got = model(x, **named).sample
 
         torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_guidance_in_two_calls_has_two_caches_in_the_order_of_uvit():
+    config = LearningToCacheConfig(CacheRouter(3, STEPS).stack(), 0.5, counts_down=False)
+    together, alone = tiny_dit(), {"cond": tiny_dit(), "uncond": tiny_dit()}
+    for model in (together, *alone.values()):
+        apply_token_cache(model, config)
+
+    for index in range(STEPS):
+        for name, model in alone.items():
+            named, x = step_inputs(index)
+            x = x if name == "cond" else -x
+            with torch.no_grad(), token_cache_context(together, name):
+                got = together(x, **named).sample
+            with torch.no_grad():
+                wanted = model(x, **named).sample
+            torch.testing.assert_close(got, wanted, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("depth", [2, 4])
