@@ -56,9 +56,10 @@ def inputs(op):
 
 OPS = [
     "gather_rows", "scatter_rows_", "scatter_rows", "select_tokens_", "invert_indices",
-    "add_branches_", "add_branches", "blend", "blend_backward", "gather_modulate", "row_pass_", "row_pass", "linear",
-    "linear_scatter_", "linear_scatter", "mlp_", "mlp", "attention", "attention_with_entropy", "project_qkv_",
-    "attention_received", "attention_entropy", "head_norms", "token_change",
+    "add_branches_", "add_branches", "blend", "blend_backward", "gather_modulate", "row_pass_",
+    "row_pass", "linear", "linear_scatter_", "linear_scatter", "mlp_", "mlp", "attention",
+    "attention_with_entropy", "project_qkv_", "attention_received", "attention_entropy",
+    "head_norms", "token_change",
 ]  # fmt: skip
 
 
