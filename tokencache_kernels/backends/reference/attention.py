@@ -34,7 +34,9 @@ def attention_with_entropy(
     """
     weights, lse = _attention_weights(query, key, key_lengths, softmax_scale)
     rows = weights.mean(dim=1) if head_mean else weights
-    return _mix_values(weights, value), lse, torch.special.entr(rows).sum(dim=-1)
+    # a weight of 0 adds nothing, and must not make the gradient infinite
+    entropy = -(rows * torch.where(rows > 0, rows, 1).log()).sum(dim=-1)
+    return _mix_values(weights, value), lse, entropy
 
 
 def attention_logits(

@@ -41,13 +41,10 @@ def attention_settings(
     """What is worth trying: first the heuristic's choice, last its choice where queries are few."""
     if itemsize == 4:
         return [AttentionSetting(32, 16, 4, 1)]
-    if device.arch not in (90, 100):
+    if device.arch not in (90, 100) and head_dim > 80:
         # the older tensor cores take their operands from registers
-        return [
-            AttentionSetting(128, 64 if head_dim <= 96 else 32, 8, 3),
-            AttentionSetting(64, 32, 4, 3),
-        ]
-    settings = [AttentionSetting(128, 64, 8, 3), AttentionSetting(64, 64, 4, 2)]
+        return [AttentionSetting(128, 32, 8, 3), AttentionSetting(64, 32, 8, 2)]
+    settings = [AttentionSetting(128, 64, 8, 3), AttentionSetting(64, 32, 4, 3)]
     if device.arch == 90 and not with_entropy:
         settings.insert(1, AttentionSetting(128, 128, 8, 2))
     return settings
@@ -116,12 +113,15 @@ def _attend_block(
 
     new_peak = tl.maximum(peak, tl.max(scores, axis=1))
     shrink = tl.exp2(peak - new_peak)
-    p = tl.exp2(scores - new_peak[:, None])
-    total = total * shrink + tl.sum(p, axis=1)
+    scores -= new_peak[:, None]
+    p = tl.exp2(scores)
     if WITH_MOMENT:
-        # a key that is not there has no probability, but an infinite score
+        # sum p * (score - peak): with scores as they are, entropies would be differences of large
+        # numbers. A key that is not there has no probability, but an infinite score
         finite = scores if IS_WHOLE else tl.where(is_key[None, :], scores, 0.0)
-        moment = moment * shrink + tl.sum(p * finite, axis=1)
+        sunk = tl.where(total > 0.0, peak - new_peak, 0.0)
+        moment = (moment + total * sunk) * shrink + tl.sum(p * finite, axis=1)
+    total = total * shrink + tl.sum(p, axis=1)
 
     p = round_to(p, value_ptr.dtype.element_ty)
     if INTERPRETED:
@@ -194,8 +194,8 @@ def _attend_head(
     lse_ptrs = lse_ptr + (batch * H + head) * S + queries
     tl.store(lse_ptrs, (peak + tl.log2(total)) * LN_2, mask=is_query)
     if WITH_MOMENT:
-        entropy = (tl.log2(total) + (peak - moment / total)) * LN_2
-        tl.store(entropy_ptrs, tl.where(num_keys > 0, entropy, 0.0), mask=is_query)
+        entropy = (tl.log2(total) - moment / total) * LN_2
+        tl.store(entropy_ptrs, entropy, mask=is_query)
     out_rows = out_ptr + ((batch * S + query) * H + head) * E
     _store_tile(out / total[:, None], out_rows, is_query, 0, E)
     if REST > 0:
