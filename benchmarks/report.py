@@ -8,43 +8,18 @@ import json
 import re
 from pathlib import Path
 
+from tokencache_kernels.demo.compare import make_table
+
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
-EVALUATIONS = ROOT / "tokencache_kernels" / "demo" / "records" / "evaluate.jsonl"
-
-
-def read_records(path):
-    """The records of a JSON-lines file; of several with one policy the last counts."""
-    records = [json.loads(line) for line in path.read_text().splitlines()]
-    return list({record["policy"]: record for record in records}.values())
+COMPARISON = ROOT / "tokencache_kernels" / "demo" / "records" / "compare.json"
 
 
 def write_quality_table():
-    """Policies of the demo model: how good the digits are, and what they cost."""
-    records = read_records(EVALUATIONS)
-    lines = [
-        "| policy | fewer FLOPs | speed-up | Fréchet distance | as labelled | PSNR to dense |",
-        "|---|---|---|---|---|---|",
-    ]
-    for record in records:
-        speedup, fidelity = record["speedup"], record["psnr_to_dense"]
-        lines.append(
-            f"| {record['policy']} | {record['flops_ratio']:.2f}x"
-            f" | {'1' if speedup is None else format(speedup, '.2f')}x"
-            f" | {record['frechet_distance']:.2f} | {record['accuracy']:.1%}"
-            f" | {'-' if fidelity is None else format(fidelity, '.1f') + ' dB'} |"
-        )
-    last = records[-1]
-    lines += [
-        "",
-        f"{last['samples']} digits each, {last['dense_steps']} DDIM steps, guidance "
-        f"{last['guidance']}, {last['device']}, backend `{last['backend']}`, torch "
-        f"{last['torch']}; load average while measuring "
-        f"{min(r['load_average'] for r in records):.1f} to "
-        f"{max(r['load_average'] for r in records):.1f}, so read the speed-ups as rough. Real "
-        f"digits among themselves: Fréchet distance {last['frechet_distance_of_real']:.2f}.",
-    ]
-    return "\n".join(lines)
+    """Policies of the demo's model: how good the digits are, what they cost, what that shows."""
+    comparison = json.loads(COMPARISON.read_text())
+    verdicts = [f"- {verdict}" for verdict in comparison["verdicts"]]
+    return "\n".join([*make_table(comparison["records"]), *([""] if verdicts else []), *verdicts])
 
 
 TABLES = {"quality": write_quality_table}

@@ -223,6 +223,18 @@ def test_random_tokens_are_as_many_as_the_scored_ones(plan):
     assert plan("--model", "demo", "--policy", "random") == plan("--model", "demo")
 
 
+def test_a_router_is_planned_from_its_file(plan):
+    from tokencache_kernels.demo.train_l2c import ROUTER
+
+    steps, totals = plan("--model", "demo", "--policy", "l2c", "--trained", ROUTER)
+
+    assert set(range(0, 50, 2)) <= set(full(steps))
+    assert 1.2 < totals["ours"]["times fewer FLOPs"] < 2
+    # by sub-layer, all tokens or none
+    skipping = [counts for counts in steps.values() if isinstance(counts, dict)]
+    assert {n for counts in skipping for layers in counts.values() for n in layers} == {0, 256}
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
@@ -238,6 +250,9 @@ def test_random_tokens_are_as_many_as_the_scored_ones(plan):
         ("dit-xl --preset sdxl", "name must be one of dit-xl-ddim50, .*, got 'sdxl'"),
         ("demo --policy taylor-seer --forecast-order 3", "forecast_order must be 0, 1 or 2, got 3"),
         ("dit-xl --forecast-order 1", "--forecast-order must be left out for toca, got 1"),
+        ("demo --policy l2c", "--trained must be given for l2c, got nothing"),
+        ("demo --policy l2c --trained nowhere", "path must be a file, got nowhere"),
+        ("demo --policy l2c --steps 20", "--steps must be left out for l2c, got 20"),
         ("demo --published", "--published must be left out where there is no published code"),
     ],
 )

@@ -14,7 +14,7 @@ from .version import __version__
 
 COMMANDS = {
     "demo": ("demo.show", "draw digits with the shipped model, dense and cached, side by side"),
-    "evaluate": ("demo.evaluate", "measure a policy's quality and time over many digits"),
+    "compare": ("demo.compare", "measure the quality and time of all policies on the same seeds"),
     "info": ("info", "say what can run here, what cannot, and why"),
     "plan": ("plan", "show what a policy computes at each step, and the arithmetic it saves"),
     "train": ("demo.train_policy", "train a router on the demo's model and digits"),

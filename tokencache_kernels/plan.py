@@ -5,6 +5,7 @@ import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from .policies import (
@@ -15,13 +16,25 @@ from .policies import (
     Policy,
     StepPlan,
     ToCaConfig,
+    TokenCacheConfig,
     cache_bytes,
     fora,
+    load_predictor,
+    load_router,
     make_plan,
     published_cache_bytes,
     taylor_seer,
 )
 
+# by setting of a policy
+_OPTIONS = {
+    "preset": "--preset",
+    "num_inference_steps": "--steps",
+    "refresh_interval": "--refresh-interval",
+    "fresh_ratio": "--fresh-ratio",
+    "forecast_order": "--forecast-order",
+    "trained": "--trained",
+}
 _ELEMENT_SIZES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
@@ -53,9 +66,18 @@ def _taylor_seer(
     return taylor_seer(refresh_interval, steps, forecast_order)
 
 
+def _l2c(model: Model, trained: Path) -> Policy:
+    return load_router(trained)
+
+
+def _tokencache(model: Model, trained: Path) -> Policy:
+    predictor = load_predictor(trained)
+    return TokenCacheConfig(predictor, predictor.num_steps)
+
+
 @dataclass(frozen=True)
 class _Row:
-    """How a policy is built for a model, and what may be asked of it besides its steps.
+    """How a policy is built for a model, and what may be asked of it.
 
     ``is_published``: ``build(mixed_steps=True)`` is what the published code of ToCa does.
     """
@@ -65,14 +87,17 @@ class _Row:
     is_published: bool = False
 
 
+_TOCA_SETTINGS = ("num_inference_steps", "refresh_interval", "fresh_ratio")
 _POLICIES = {
-    "toca": _Row(_toca, ("preset", "refresh_interval", "fresh_ratio"), is_published=True),
-    "random": _Row(
-        partial(_toca, seed=0), ("preset", "refresh_interval", "fresh_ratio"), is_published=True
+    "toca": _Row(_toca, ("preset", *_TOCA_SETTINGS), is_published=True),
+    "random": _Row(partial(_toca, seed=0), ("preset", *_TOCA_SETTINGS), is_published=True),
+    "fora": _Row(_fora, ("num_inference_steps", "refresh_interval"), is_published=True),
+    "duca": _Row(_duca, _TOCA_SETTINGS),
+    "taylor-seer": _Row(
+        _taylor_seer, ("num_inference_steps", "refresh_interval", "forecast_order")
     ),
-    "fora": _Row(_fora, ("refresh_interval",), is_published=True),
-    "duca": _Row(_duca, ("refresh_interval", "fresh_ratio")),
-    "taylor-seer": _Row(_taylor_seer, ("refresh_interval", "forecast_order")),
+    "l2c": _Row(_l2c, ("trained",)),
+    "tokencache": _Row(_tokencache, ("trained",)),
 }
 
 
@@ -88,10 +113,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=_ELEMENT_SIZES, help="default: the published code's")
     parser.add_argument("--policy", default="toca", choices=_POLICIES)
     parser.add_argument("--preset", help="a published setting; default: the model's own")
-    parser.add_argument("--steps", type=int, help="the sampler's; default: as published")
+    parser.add_argument(
+        "--steps", dest="num_inference_steps", type=int, help="the sampler's; default: as published"
+    )
     parser.add_argument("--refresh-interval", type=int, help="default: as published")
     parser.add_argument("--fresh-ratio", type=float, help="default: as published")
     parser.add_argument("--forecast-order", type=int, help="0, 1 or 2; default: 2")
+    parser.add_argument(
+        "--trained",
+        type=Path,
+        metavar="FILE",
+        help="the router of l2c, the predictor of tokencache",
+    )
     parser.add_argument(
         "--published", action="store_true", help="list the steps of the published code, not ours"
     )
@@ -127,14 +160,15 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _given_settings(options: argparse.Namespace, row: _Row) -> dict[str, Any]:
-    settings = {} if options.steps is None else {"num_inference_steps": options.steps}
-    for name in ("preset", "refresh_interval", "fresh_ratio", "forecast_order"):
+    settings = {}
+    for name, option in _OPTIONS.items():
         value = getattr(options, name)
         if value is not None and name not in row.settings:
-            option = f"--{name.replace('_', '-')}"
             raise ValueError(f"{option} must be left out for {options.policy}, got {value}")
         if value is not None:
             settings[name] = value
+    if "trained" in row.settings and "trained" not in settings:
+        raise ValueError(f"--trained must be given for {options.policy}, got nothing")
     return settings
 
 

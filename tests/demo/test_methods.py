@@ -1,13 +1,13 @@
 import pytest
 
-from tokencache_kernels.demo.methods import applied, parse_method
+from tokencache_kernels.demo.methods import applied, parse_method, parse_those_trained
 from tokencache_kernels.demo.model import SHAPE, load_model
 from tokencache_kernels.demo.sampling import sample
 from tokencache_kernels.policies import SHAPES
 
 
 @pytest.mark.parametrize(
-    "name", ["", "tocca-3", "toca", "toca-0", "toca-3-101", "fewer-0", "dense-3"]
+    "name", ["", "tocca-3", "toca", "toca-0", "toca-3-101", "fewer-0", "dense-3", "taylor-3-4"]
 )
 def test_an_unknown_name_is_answered_with_the_known(name):
     with pytest.raises(ValueError, match=r"must be dense, fewer-<steps>, .*toca-<interval>.*, got"):
@@ -28,6 +28,34 @@ def test_fresh_tokens_cost_flops_and_a_longer_interval_saves_them():
     assert parse_method("random-3", 50).flops_ratio == ratios[1]
     # FORA computes the first of every three steps, 17 of 50, and nothing else
     assert parse_method("fora-3", 50).flops_ratio == pytest.approx(50 / 17)
+
+
+@pytest.mark.parametrize("percent", [0, 30, 57, 100])
+def test_a_uniform_router_skips_its_share_of_all_sub_layers_in_turn(percent):
+    policy = parse_method(f"uniform-{percent}", 50).policy
+
+    assert policy.skipped_share == pytest.approx(percent / 100, abs=0.01)
+    skipped = [
+        sum(not policy.mask[counter][entry] for counter in policy.cached_counters)
+        for entry in range(12)
+    ]
+    assert max(skipped) - min(skipped) <= 1
+
+
+def test_the_shipped_router_and_its_thresholds_cost_what_they_compute():
+    ratios = [parse_method(name, 50).flops_ratio for name in ("dense", "l2c", "l2c-90")]
+
+    assert 1 == ratios[0] < ratios[1] < ratios[2] < 2
+
+
+def test_what_is_trained_for_other_steps_is_refused_or_left_out(capsys):
+    with pytest.raises(ValueError, match="num_inference_steps = 20"):
+        parse_method("l2c", 20)
+
+    methods = parse_those_trained(["dense", "l2c", "fora-3"], 20)
+
+    assert [method.name for method in methods] == ["dense", "fora-3"]
+    assert capsys.readouterr().out.startswith("Without l2c: load_router: path must hold a router")
 
 
 def test_the_shape_that_flops_are_counted_for_is_the_models():

@@ -2,6 +2,7 @@ import matplotlib.image
 
 from tokencache_kernels.cli import main
 from tokencache_kernels.demo import show
+from tokencache_kernels.demo.methods import parse_method
 
 
 def test_the_demo_prints_a_line_a_method_and_writes_the_picture(weights, tmp_path, capsys):
@@ -13,17 +14,20 @@ def test_the_demo_prints_a_line_a_method_and_writes_the_picture(weights, tmp_pat
 
     printed = capsys.readouterr().out
     assert status == 0
-    assert printed.startswith("Drawing 2 digits in 6 ways")
+    # two are trained for 50 steps
+    assert "Without tokencache: " in printed
+    assert "Without l2c: " in printed
+    assert "\nDrawing 2 digits in 6 ways" in printed
     assert str(out) in printed
-    titles = ("dense", "dense, 2 steps", "FORA, every 3", "random tokens, every 3", "ToCa, every 5")
-    for title in titles:
+    titles = ("dense, 2 steps", "FORA, every 3", "random tokens, every 3", "TaylorSeer 1, every 3")
+    for title in ("dense", "ToCa, every 3", *titles):
         assert f"\n{title} " in printed
     height, width, _ = matplotlib.image.imread(out).shape
     assert min(height, width) > 500
 
 
 def make_result(name, seconds, decibels):
-    method = show.parse_method(name, 50)
+    method = parse_method(name, 50)
     return show.Result(method, None, seconds, 2 / seconds, method.flops_ratio, decibels, 1.0)
 
 

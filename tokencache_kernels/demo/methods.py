@@ -2,18 +2,31 @@
 
 import contextlib
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
-from ..policies import SHAPES, Policy, ToCaConfig, fora, make_plan
+import torch
+
+from ..policies import (
+    SHAPES,
+    DuCaConfig,
+    LearningToCacheConfig,
+    Policy,
+    ToCaConfig,
+    TokenCacheConfig,
+    fora,
+    load_predictor,
+    load_router,
+    make_plan,
+    taylor_seer,
+)
+from ..policies.learning_to_cache import MAX_LOGIT, list_cached_counters
 from .model import SHAPE
 
-KNOWN = (
-    "dense, fewer-<steps>, fora-<interval>, random-<interval>[-<percent>] or "
-    "toca-<interval>[-<percent>]"
-)
 PRESET = "dit-xl-ddim50"
+NUM_LAYERS: int = SHAPE["num_layers"]
 
 
 @dataclass(frozen=True)
@@ -27,6 +40,11 @@ class Method:
     policy: Policy | None = None  # None runs the model as it is
 
     @property
+    def family(self) -> str:
+        """What methods of one kind are called, whatever their numbers."""
+        return self.name.split("-")[0]
+
+    @property
     def flops_ratio(self) -> float:
         """How many times fewer FLOPs the blocks take than in the dense model's steps."""
         if self.policy is None:
@@ -37,35 +55,37 @@ class Method:
 def parse_method(name: str, steps: int) -> Method:
     """Build the method called ``name``, for a picture that takes the dense model ``steps`` steps.
 
-    ``random`` and ``toca`` follow the published setting of DiT-XL with that refresh interval, and
-    with that percentage of fresh tokens as the base of its ratios.
+    ``random``, ``toca`` and ``duca`` follow the published setting of DiT-XL with that refresh
+    interval, and with that percentage of fresh tokens as the base of its ratios. ``l2c`` and
+    ``tokencache`` are the trained ones that ship with the package, with that percentage as
+    threshold and as share of cached tokens. ``uniform`` skips that percentage of the sub-layers in
+    every second step, all of them in turn.
 
     Raises:
-        ValueError: there is no such method; the message lists those there are.
+        ValueError: there is no such method, and the message lists those there are; or what one was
+            trained for is another number of steps.
+        FileNotFoundError: what one was trained to is not there.
     """
-    match = re.fullmatch(r"dense|(fewer|fora)-(\d+)|(random|toca)-(\d+)(?:-(\d+))?", name)
-    numbers = [int(number) for number in re.findall(r"\d+", name)]
-    if match is None or min(numbers, default=1) < 1 or max(numbers[1:], default=0) > 100:
-        raise ValueError(f"parse_method: name must be {KNOWN}, got {name!r}")
-    if name == "dense":
-        return Method(name, "dense", steps, steps)
-    family, number = name.split("-")[0], numbers[0]
-    if family == "fewer":
-        return Method(name, f"dense, {number} steps", steps, number)
-    if family == "fora":
-        return Method(name, f"FORA, every {number}", steps, steps, fora(number, steps))
-    percent = numbers[1] if len(numbers) > 1 else None
-    policy = ToCaConfig.preset(
-        PRESET,
-        num_inference_steps=steps,
-        num_layers=SHAPE["num_layers"],
-        refresh_interval=number,
-        fresh_ratio=None if percent is None else percent / 100,
-        seed=0 if family == "random" else None,
-    )
-    kind = "random tokens" if family == "random" else "ToCa"
-    share = "" if percent is None else f", {percent} %"
-    return Method(name, f"{kind}, every {number}{share}", steps, steps, policy)
+    for usage, build in _METHODS.items():
+        match = re.fullmatch(_to_pattern(usage), name)
+        if match is None:
+            continue
+        numbers = {key: int(value) for key, value in match.groupdict().items() if value is not None}
+        if _fits(numbers):
+            title, policy = build(steps, **numbers)
+            return Method(name, title, steps, numbers.get("steps", steps), policy)
+    raise ValueError(f"parse_method: name must be {', '.join(_METHODS)}, got {name!r}")
+
+
+def parse_those_trained(names: Sequence[str], steps: int) -> list[Method]:
+    """Build the methods, but leave out those trained for another number of steps, and say so."""
+    methods = []
+    for name in names:
+        try:
+            methods.append(parse_method(name, steps))
+        except (ValueError, FileNotFoundError) as error:
+            print(f"Without {name}: {error}")
+    return methods
 
 
 @contextlib.contextmanager
@@ -81,3 +101,97 @@ def applied(model: Any, method: Method) -> Iterator[None]:
         yield
     finally:
         remove_token_cache(model)
+
+
+def _to_pattern(usage: str) -> str:
+    optional = usage.replace("[", "(?:").replace("]", ")?")
+    return re.sub(r"<(\w+)>", r"(?P<\1>\\d+)", optional)
+
+
+def _fits(numbers: dict[str, int]) -> bool:
+    at_least_one = all(numbers.get(key, 1) >= 1 for key in ("steps", "interval"))
+    return at_least_one and numbers.get("percent", 0) <= 100 and numbers.get("order", 0) <= 2
+
+
+_Built = tuple[str, Policy | None]
+
+
+def _dense(total: int) -> _Built:
+    return "dense", None
+
+
+def _fewer(total: int, steps: int) -> _Built:
+    return f"dense, {steps} steps", None
+
+
+def _fora(total: int, interval: int) -> _Built:
+    return f"FORA, every {interval}", fora(interval, total)
+
+
+def _taylor(total: int, interval: int, order: int) -> _Built:
+    return f"TaylorSeer {order}, every {interval}", taylor_seer(interval, total, order)
+
+
+def _published(
+    build: Callable[..., Policy],
+    title: str,
+    total: int,
+    interval: int,
+    percent: int | None = None,
+    seed: int | None = None,
+) -> _Built:
+    policy = build(
+        PRESET,
+        num_inference_steps=total,
+        num_layers=NUM_LAYERS,
+        refresh_interval=interval,
+        fresh_ratio=None if percent is None else percent / 100,
+        seed=seed,
+    )
+    share = "" if percent is None else f", {percent} %"
+    return f"{title}, every {interval}{share}", policy
+
+
+def _l2c(total: int, percent: int | None = None) -> _Built:
+    from .train_l2c import ROUTER
+
+    router = load_router(ROUTER, num_layers=NUM_LAYERS, num_inference_steps=total)
+    if percent is None:
+        return "Learning-to-Cache", router
+    return f"Learning-to-Cache, {percent} %", replace(router, threshold=percent / 100)
+
+
+def _uniform(total: int, percent: int) -> _Built:
+    """A router whose skips go round: in each step the share's worth of the sub-layers in turn."""
+    width = 2 * NUM_LAYERS
+    logits = torch.full((total, width), MAX_LOGIT)
+    for turn, counter in enumerate(list_cached_counters(total, counts_down=True)):
+        first, last = (place * width * percent // 100 for place in (turn, turn + 1))
+        logits[counter, [entry % width for entry in range(first, last)]] = -MAX_LOGIT
+    return f"every second step, {percent} % skipped", LearningToCacheConfig(logits, name="uniform")
+
+
+def _tokencache(total: int, percent: int | None = None) -> _Built:
+    from .train_tokencache import PREDICTOR
+
+    policy = TokenCacheConfig(load_predictor(PREDICTOR), total)
+    if percent is None:
+        return "TokenCache", policy
+    return f"TokenCache, {percent} % cached", replace(policy, cache_ratio=percent / 100)
+
+
+# by usage: what a name's numbers build, given the steps of the dense model
+_METHODS: dict[str, Callable[..., _Built]] = {
+    "dense": _dense,
+    "fewer-<steps>": _fewer,
+    "fora-<interval>": _fora,
+    "taylor-<interval>-<order>": _taylor,
+    "random-<interval>[-<percent>]": partial(
+        _published, ToCaConfig.preset, "random tokens", seed=0
+    ),
+    "toca-<interval>[-<percent>]": partial(_published, ToCaConfig.preset, "ToCa"),
+    "duca-<interval>[-<percent>]": partial(_published, DuCaConfig.preset, "DuCa"),
+    "tokencache[-<percent>]": _tokencache,
+    "l2c[-<percent>]": _l2c,
+    "uniform-<percent>": _uniform,
+}

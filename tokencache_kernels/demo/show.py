@@ -14,13 +14,13 @@ from torch import Tensor
 from .. import info
 from .classifier import classify, load_classifier
 from .data import NUM_CLASSES
-from .methods import Method, applied, parse_method
+from .methods import Method, applied, parse_those_trained
 from .metrics import psnr
 from .model import WEIGHTS, load_model
 from .sampling import GUIDANCE, STEPS, sample
 
 # the first is what the others are compared with; half the steps come on top
-METHODS = ("dense", "fora-3", "random-3", "toca-3", "toca-5")
+METHODS = ("dense", "fora-3", "random-3", "toca-3", "tokencache", "l2c", "taylor-3-1")
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Draw, print the table, write the picture."""
     names = (*METHODS, f"fewer-{options.steps // 2}")
-    methods = [parse_method(name, options.steps) for name in names]
+    methods = parse_those_trained(names, options.steps)
     device = torch.device(options.device)
     print(
         f"Drawing {options.digits} digits in {len(methods)} ways: with {options.steps} dense "
