@@ -5,18 +5,26 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+from inspect import isfunction
+from itertools import product
 from pathlib import Path
 
 import torch
 
 from . import backends, ops, settings
-from .backends import native, reference
+from .backends import library, native, reference
 from .version import __version__
 
 PACKAGES = ("torch", "triton", "diffusers", "safetensors", "mlxtend", "matplotlib", "tqdm")
 DEVICES = ("cpu", "cuda")
 # in the order in which a block calls them; a functional twin runs through its in-place op
-OPS = tuple(name for name in ops.__all__ if name in reference.__all__)
+OPS = tuple(name for name in ops.__all__ if isfunction(getattr(reference, name, None)))
+# B, S, N, H, E: all queries, fresh ones, and those over a text of different lengths
+ATTENTIONS = {
+    "DiT-XL, 256 px": (2, 256, 256, 16, 72),
+    "FLUX, 1024 px, fresh": (1, 614, 4608, 24, 128),
+    "PixArt, 1024 px, text": (2, 4096, 300, 16, 72),
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,6 +43,10 @@ def run(_: argparse.Namespace) -> int:
         print(f"\nBackends on {device}, for float32" + " (no such device here)" * absent)
         for line in describe_backends(torch.device(device)):
             print(f"  {line}")
+        if not absent:
+            print(f"\nAttention on {device}, under auto")
+            for line in describe_attentions(torch.device(device)):
+                print(f"  {line}")
     return 0
 
 
@@ -132,8 +144,14 @@ def describe_backends(device: torch.device) -> list[str]:
         num_refused = sum(map(len, refused.values()))
         lines.append(f"{name}: runs {len(OPS) - num_refused} of {len(OPS)} ops")
         for reason, names in refused.items():
-            what = "all" if len(names) == len(OPS) else ", ".join(names)
-            lines.append(f"  not {what}: {reason}")
+            others = ", ".join(op for op in OPS if op not in names)
+            if not others:
+                what = "not all"
+            elif 2 * len(names) > len(OPS):
+                what = f"none but {others}"
+            else:
+                what = f"not {', '.join(names)}"
+            lines.append(f"  {what}: {reason}")
     chosen = sorted({chosen_backend(op, device) for op in OPS})
     lines.append(f"auto: takes {', '.join(chosen)}")
     return lines
@@ -144,6 +162,28 @@ def chosen_backend(op: str, device: torch.device) -> str:
     # an op's function lies in its backend's module, or in a file of its family below it
     module = backends.resolve(op, device, torch.float32).__module__
     return module.removeprefix(f"{backends.__name__}.").split(".")[0]
+
+
+def describe_attentions(device: torch.device) -> list[str]:
+    """What runs each of the usual attentions, and why what the table prefers to it does not."""
+    lines = []
+    for (label, (B, S, N, H, E)), dtype in product(
+        ATTENTIONS.items(), (torch.float32, torch.bfloat16)
+    ):
+        query, key = (torch.empty(B, n, H, E, dtype=dtype, device=device) for n in (S, N))
+        lengths = torch.empty(B, dtype=torch.int32, device=device) if "text" in label else None
+        row = library.find_row(query)
+        refused = []
+        for name in (*row.order, "reference"):
+            reason = library.refusal(name, query, key, key, lengths)
+            if reason is None and name not in library.CANDIDATES:
+                reason = backends.unavailable(name, "attention", device, dtype)
+            if reason is None:
+                lines.append(f"{label}, {str(dtype).removeprefix('torch.')}: {name} ({row.source})")
+                break
+            refused.append(f"  not {name}: {reason}")
+        lines += refused
+    return lines
 
 
 def _print_table(heading: str, rows: dict[str, str]) -> None:

@@ -84,7 +84,7 @@ def refusal(
 def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
     """Whether any library may have an attention there; which one depends on the sizes as well."""
     if device.type == "cuda" and dtype not in _HALVES:
-        return "no library's attention takes it and hands out the log-sum-exp"
+        return "no library takes it and hands out the log-sum-exp"
     return None if device.type in ("cpu", "cuda") else f"it needs the CPU or CUDA, got {device}"
 
 
