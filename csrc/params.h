@@ -70,6 +70,33 @@ struct ModulateParams {
   int64_t stride_shift_b, stride_scale_b;
 };
 
+enum class Activation { kNone, kGelu, kGeluTanh, kSilu };
+
+// On its way a row may change its place: row (b, s) comes from row from[b, s] of x and goes to row
+// to[b, s] of out; outside its range a row of zeros comes, and nothing goes.
+struct LinearParams {
+  int64_t B, S, K, O;
+  int64_t N_x, N_out;
+  Type type;
+  Activation activation;
+  bool residual;  // add to what out holds
+
+  const void* x;        // [B, N_x, K], unit stride along K
+  const int32_t* from;  // [B, S], unit stride along S, or null for s
+  const void* weight;   // [O, K], unit stride along K
+  const void* bias;     // [O], or null
+  const void* gate;     // [B, O], unit stride along O, or null for 1
+  const int32_t* to;    // [B, S], unit stride along S, or null for s
+  void* out;            // [B, N_out, O], unit stride along O
+
+  int64_t stride_x_b, stride_x_n;
+  int64_t stride_from_b;
+  int64_t stride_weight_o;
+  int64_t stride_gate_b;
+  int64_t stride_to_b;
+  int64_t stride_out_b, stride_out_n;
+};
+
 struct BlendParams {
   int64_t B, N, D;
   Type type;

@@ -162,14 +162,6 @@ dim3 grid_of(int64_t rows, int64_t batch) {
   return {static_cast<unsigned int>(rows), static_cast<unsigned int>(batch), 1};
 }
 
-// Raises the kernel's limit of shared memory where a row needs it.
-template <class Kernel>
-cudaError_t allow_shared(Kernel kernel, int64_t bytes) {
-  if (bytes <= 48 << 10) return cudaSuccess;
-  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                              static_cast<int>(bytes));
-}
-
 cudaError_t launch_row_pass(const AddBranchesParams& p, const ModulateParams& modulate,
                             const int32_t* positions, bool is_aligned, cudaStream_t stream) {
   Branches branches{.count = p.num_branches, .of = {}};

@@ -1,4 +1,4 @@
-"""Linear layers on packed rows: oneDNN with the activation fused behind the product.
+"""Linear layers on packed rows: one launch on a GPU; on the CPU oneDNN, which fuses the activation.
 
 Packing a weight costs about as much as one small product. It is done once, when the weight is first
 used, and the packed copy lives as long as the weight itself.
@@ -13,6 +13,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ... import settings
 from ..reference.linear import ACTIVATIONS
+from .library import OPS
 from .rows import gather_rows, scatter_rows_
 
 # what oneDNN calls an activation, and which kind of it
@@ -58,6 +59,9 @@ def linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, indices: Tensor | None
 ) -> Tensor:
     """activation(rows @ weight.T + bias), where rows = x, or x gathered by ``indices``."""
+    if x.is_cuda:
+        fused: Tensor = OPS.linear(x, weight, bias, activation, indices)
+        return fused
     rows = x if indices is None else gather_rows(x, indices)
     if rows.numel() == 0 or not _can_pack(weight):
         return ACTIVATIONS[activation](F.linear(rows, weight, bias))
@@ -77,6 +81,9 @@ def linear_scatter_(
     residual: bool,
 ) -> None:
     """cache[b, indices[b, s]] = [its old value +] [gate[b] *] (x[b, s] @ weight.T + bias)."""
+    if x.is_cuda:
+        OPS.linear_scatter_(cache, indices, x, weight, bias, gate, residual)
+        return
     rows = linear(x, weight, bias, "none", None)
     if gate is not None:
         rows *= gate[:, None]
