@@ -122,6 +122,91 @@ struct BlendBackwardParams {
   int64_t stride_grad_b, stride_grad_n;
 };
 
+// The map softmax(softmax_scale * query[b, s, h] @ key[b, :, h]).
+struct AttentionMapParams {
+  int64_t B, S, N, H, E;
+  Type type;
+  double softmax_scale;
+
+  const void* query;  // [B, S, H, E], unit stride along E
+  const void* key;    // [B, N, H, E], unit stride along E
+
+  int64_t stride_query_b, stride_query_s, stride_query_h;
+  int64_t stride_key_b, stride_key_n, stride_key_h;
+};
+
+struct AttentionParams {
+  AttentionMapParams map;
+
+  const void* value;           // [B, N, H, E], unit stride along E, or null for the LSE alone
+  const int32_t* key_lengths;  // [B], or null for N everywhere
+  void* out;                   // [B, S, H, E], contiguous; not looked at without a value
+  float* lse;                  // [B, H, S], contiguous
+
+  int64_t stride_value_b, stride_value_n, stride_value_h;
+  int64_t stride_key_lengths_b;
+};
+
+// Of statistics: float64 where the inputs' type is that, else float32.
+struct AttentionReceivedParams {
+  AttentionMapParams map;
+
+  const void* lse;  // [B, H, S], or null to compute it
+  void* out;        // [B, H, N], contiguous
+
+  int64_t stride_lse_b, stride_lse_h, stride_lse_s;
+};
+
+struct AttentionEntropyParams {
+  AttentionMapParams map;
+
+  const int32_t* key_lengths;  // [B], or null for N everywhere
+  void* out;                   // [B, S], contiguous
+
+  int64_t stride_key_lengths_b;
+};
+
+struct HeadNormsParams {
+  int64_t B, N, H, E;
+  Type type;
+
+  const void* x;  // [B, N, H, E], unit stride along E
+  void* out;      // [B, N], contiguous
+
+  int64_t stride_x_b, stride_x_n, stride_x_h;
+};
+
+struct TokenChangeParams {
+  int64_t B, N, D;
+  Type type;
+  bool is_cosine;  // else relative_l1
+
+  const void* new_rows;  // [B, N, D], unit stride along D
+  const void* old_rows;  // [B, N, D], unit stride along D
+  void* out;             // [B, N], contiguous
+
+  int64_t stride_new_b, stride_new_n;
+  int64_t stride_old_b, stride_old_n;
+};
+
+struct FinishHeadsParams {
+  int64_t B, N, S, H, E;
+  Type type;
+  bool is_layer_norm;  // else RMS
+  double eps;
+
+  void* rows;              // [B, S, H, E], contiguous
+  const int32_t* indices;  // [B, S], unit stride along S, or null for slot = token
+  const void* weight;      // [E], or null for no norm
+  const void* bias;        // [E], or null
+  // float64 where the type is that, else float32
+  const void* cosine;  // [B, T, E], T >= N, unit stride along E, or null for no rotation
+  const void* sine;    // likewise
+
+  int64_t stride_indices_b;
+  int64_t stride_table_b, stride_table_t;
+};
+
 struct SelectParams {
   int64_t L, B, N, P;  // layers, samples, tokens, steps
   int64_t max_fresh;

@@ -1,28 +1,11 @@
 // Compiled once for every instruction set; TOKENCACHE_ISA names this one.
 #include "cpu/blend.h"
 
-#include <cstdlib>
-
 #include "cpu/number.h"
+#include "cpu/scratch.h"
 
 namespace tokencache::TOKENCACHE_ISA {
 namespace {
-
-// Rows in the type that is worked in.
-template <class W>
-class Rows {
- public:
-  Rows(int64_t count, int64_t width)
-      : width_(width), rows_(static_cast<W*>(std::malloc(count * width * sizeof(W)))) {}
-  ~Rows() { std::free(rows_); }
-  Rows(const Rows&) = delete;
-  Rows& operator=(const Rows&) = delete;
-  W* operator[](int64_t i) { return rows_ + i * width_; }
-
- private:
-  int64_t width_;
-  W* rows_;
-};
 
 template <class T>
 const T* row_of(const void* base, int64_t b, int64_t n, int64_t stride_b, int64_t stride_n) {

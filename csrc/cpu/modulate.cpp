@@ -1,8 +1,10 @@
 // Compiled once for every instruction set; TOKENCACHE_ISA names this one.
-#include <cstdlib>
+#include <new>
 
 #include "cpu/blend.h"
 #include "cpu/number.h"
+#include "cpu/project.h"
+#include "cpu/statistics.h"
 #include "cpu/vector.h"
 
 namespace tokencache::TOKENCACHE_ISA {
@@ -13,8 +15,8 @@ template <class W>
 class Scratch {
  public:
   explicit Scratch(int64_t width)
-      : width_(width), rows_(static_cast<W*>(std::malloc(3 * width * sizeof(W)))) {}
-  ~Scratch() { std::free(rows_); }
+      : width_(width), rows_(static_cast<W*>(::operator new(3 * width * sizeof(W)))) {}
+  ~Scratch() { ::operator delete(rows_); }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
   W* sum() { return rows_; }
@@ -118,6 +120,11 @@ extern const VectorLoops loops{
     .gather_modulate = gather_modulate_any,
     .blend = blend,
     .blend_backward = blend_backward,
+    .finish_heads = finish_heads,
+    .attention_received = attention_received,
+    .attention_entropy = attention_entropy,
+    .head_norms = head_norms,
+    .token_change = token_change,
 };
 
 }  // namespace tokencache::TOKENCACHE_ISA

@@ -7,6 +7,9 @@
 // its op, so that the caller brings the threads.
 namespace tokencache {
 
+// A part of attention_entropy: its keys are laid out once for so many queries.
+constexpr int64_t kEntropyQueries = 96;
+
 struct VectorLoops {
   const char* name;  // of the instruction set
 
@@ -22,6 +25,22 @@ struct VectorLoops {
 
   // The gradients of that; the part counts the B * N rows.
   void (*blend_backward)(const BlendBackwardParams& p, int64_t begin, int64_t end);
+
+  // rows = rotate(norm(rows)), each head of its own; the part counts the B * S rows.
+  void (*finish_heads)(const FinishHeadsParams& p, int64_t begin, int64_t end);
+
+  // out[b, h] = the mean over the queries of the map's rows; the part counts the B * H heads.
+  void (*attention_received)(const AttentionReceivedParams& p, int64_t begin, int64_t end);
+
+  // out[b, s] = -sum_n p log p, p the mean over the heads of the map's row; the part counts the
+  // B * ceil(S / kEntropyQueries) blocks of queries.
+  void (*attention_entropy)(const AttentionEntropyParams& p, int64_t begin, int64_t end);
+
+  // out[b, n] = mean_h |x[b, n, h]|; the part counts the B * N rows.
+  void (*head_norms)(const HeadNormsParams& p, int64_t begin, int64_t end);
+
+  // out[b, n] = 1 - cos(new, old), or |new - old|_1 / |old|_1; the part counts the B * N rows.
+  void (*token_change)(const TokenChangeParams& p, int64_t begin, int64_t end);
 };
 
 namespace portable {
@@ -34,7 +53,10 @@ namespace avx512 {
 extern const VectorLoops loops;
 }
 
-// The loops for this processor.
+// The loops in use: the best for this processor, until others are chosen.
 const VectorLoops& vector_loops();
+
+// Chooses the loops of an instruction set; false where there are none or the processor lacks it.
+bool use_vector_loops(const char* name);
 
 }  // namespace tokencache

@@ -7,24 +7,31 @@ from .library import build_info, library_path, load_cuda_library, load_library
 from .linear import linear, linear_scatter_
 from .mlp import mlp_
 from .modulate import add_branches, gather_modulate, row_pass
+from .project import project_qkv_
 from .rows import gather_rows, scatter_rows_
 from .select import invert_indices, select_tokens_
+from .statistics import attention_entropy, attention_received, head_norms, token_change
 
 __all__ = [
     "add_branches",
+    "attention_entropy",
+    "attention_received",
     "blend",
     "blend_backward",
     "build_info",
     "gather_modulate",
     "gather_rows",
+    "head_norms",
     "invert_indices",
     "library_path",
     "linear",
     "linear_scatter_",
     "mlp_",
+    "project_qkv_",
     "row_pass",
     "scatter_rows_",
     "select_tokens_",
+    "token_change",
     "unavailable",
 ]
 

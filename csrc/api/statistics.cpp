@@ -1,0 +1,125 @@
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <optional>
+
+#include "api/describe.h"
+#include "cpu/vector.h"
+
+// The inputs were checked by tokencache_kernels.ops; nothing below it checks again.
+namespace tokencache {
+namespace {
+
+using torch::stable::Tensor;
+
+AttentionMapParams describe(const Tensor& query, const Tensor& key, double softmax_scale) {
+  return {
+      .B = query.size(0),
+      .S = query.size(1),
+      .N = key.size(1),
+      .H = query.size(2),
+      .E = query.size(3),
+      .type = type_of(query),
+      .softmax_scale = softmax_scale,
+      .query = query.const_data_ptr(),
+      .key = key.const_data_ptr(),
+      .stride_query_b = query.stride(0),
+      .stride_query_s = query.stride(1),
+      .stride_query_h = query.stride(2),
+      .stride_key_b = key.stride(0),
+      .stride_key_n = key.stride(1),
+      .stride_key_h = key.stride(2),
+  };
+}
+
+void attention_received(const Tensor& query, const Tensor& key, std::optional<Tensor> lse,
+                        double softmax_scale, Tensor out) {
+  const AttentionReceivedParams params{
+      .map = describe(query, key, softmax_scale),
+      .lse = lse ? lse->const_data_ptr() : nullptr,
+      .out = out.mutable_data_ptr(),
+      .stride_lse_b = lse ? lse->stride(0) : 0,
+      .stride_lse_h = lse ? lse->stride(1) : 0,
+      .stride_lse_s = lse ? lse->stride(2) : 0,
+  };
+  torch::stable::parallel_for(0, params.map.B * params.map.H, 1, [&](int64_t begin, int64_t end) {
+    vector_loops().attention_received(params, begin, end);
+  });
+}
+
+void attention_entropy(const Tensor& query, const Tensor& key, std::optional<Tensor> key_lengths,
+                       double softmax_scale, Tensor out) {
+  const AttentionEntropyParams params{
+      .map = describe(query, key, softmax_scale),
+      .key_lengths = key_lengths ? key_lengths->const_data_ptr<int32_t>() : nullptr,
+      .out = out.mutable_data_ptr(),
+      .stride_key_lengths_b = key_lengths ? key_lengths->stride(0) : 0,
+  };
+  const int64_t blocks = (params.map.S + kEntropyQueries - 1) / kEntropyQueries;
+  torch::stable::parallel_for(0, params.map.B * blocks, 1, [&](int64_t begin, int64_t end) {
+    vector_loops().attention_entropy(params, begin, end);
+  });
+}
+
+void head_norms(const Tensor& x, Tensor out) {
+  const HeadNormsParams params{
+      .B = x.size(0),
+      .N = x.size(1),
+      .H = x.size(2),
+      .E = x.size(3),
+      .type = type_of(x),
+      .x = x.const_data_ptr(),
+      .out = out.mutable_data_ptr(),
+      .stride_x_b = x.stride(0),
+      .stride_x_n = x.stride(1),
+      .stride_x_h = x.stride(2),
+  };
+  const int64_t bytes_per_row = params.H * params.E * static_cast<int64_t>(x.element_size());
+  torch::stable::parallel_for(
+      0, params.B * params.N, rows_per_thread(bytes_per_row),
+      [&](int64_t begin, int64_t end) { vector_loops().head_norms(params, begin, end); });
+}
+
+void token_change(const Tensor& new_rows, const Tensor& old_rows, bool is_cosine, Tensor out) {
+  const TokenChangeParams params{
+      .B = new_rows.size(0),
+      .N = new_rows.size(1),
+      .D = new_rows.size(2),
+      .type = type_of(new_rows),
+      .is_cosine = is_cosine,
+      .new_rows = new_rows.const_data_ptr(),
+      .old_rows = old_rows.const_data_ptr(),
+      .out = out.mutable_data_ptr(),
+      .stride_new_b = new_rows.stride(0),
+      .stride_new_n = new_rows.stride(1),
+      .stride_old_b = old_rows.stride(0),
+      .stride_old_n = old_rows.stride(1),
+  };
+  const int64_t bytes_per_row = 2 * params.D * static_cast<int64_t>(new_rows.element_size());
+  torch::stable::parallel_for(
+      0, params.B * params.N, rows_per_thread(bytes_per_row),
+      [&](int64_t begin, int64_t end) { vector_loops().token_change(params, begin, end); });
+}
+
+}  // namespace
+}  // namespace tokencache
+
+STABLE_TORCH_LIBRARY_FRAGMENT(tokencache_kernels_native, m) {
+  m.def(
+      "attention_received(Tensor query, Tensor key, Tensor? lse, float softmax_scale,"
+      " Tensor(a!) out) -> ()");
+  m.def(
+      "attention_entropy(Tensor query, Tensor key, Tensor? key_lengths, float softmax_scale,"
+      " Tensor(a!) out) -> ()");
+  m.def("head_norms(Tensor x, Tensor(a!) out) -> ()");
+  m.def("token_change(Tensor new_rows, Tensor old_rows, bool is_cosine, Tensor(a!) out) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(tokencache_kernels_native, CPU, m) {
+  m.impl("attention_received", TORCH_BOX(&tokencache::attention_received));
+  m.impl("attention_entropy", TORCH_BOX(&tokencache::attention_entropy));
+  m.impl("head_norms", TORCH_BOX(&tokencache::head_norms));
+  m.impl("token_change", TORCH_BOX(&tokencache::token_change));
+}
