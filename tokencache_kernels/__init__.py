@@ -12,12 +12,16 @@ if TYPE_CHECKING:
     from .errors import *  # noqa: F403
     from .ops import *  # noqa: F403
     from .policies import (  # noqa: F401
+        DuCaConfig,
         LearningToCacheConfig,
         ToCaConfig,
+        TokenCacheConfig,
         fora,
         import_router,
+        load_predictor,
         load_router,
         random_tokens,
+        taylor_seer,
     )
 
 _HOMES = {
@@ -59,12 +63,16 @@ _HOMES = {
         "token_change",
     ),
     ".policies": (
+        "DuCaConfig",
         "LearningToCacheConfig",
         "ToCaConfig",
+        "TokenCacheConfig",
         "fora",
         "import_router",
+        "load_predictor",
         "load_router",
         "random_tokens",
+        "taylor_seer",
     ),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
