@@ -85,7 +85,8 @@ void select_tokens_cpu(const SelectParams& p, int64_t begin, int64_t end) {
       for (int64_t n = 0; n < p.N; ++n) {
         const bool is_fresh = count > 0 && keys[n] >= least;
         positions[n] = is_fresh ? slot : -1;
-        staleness[n] = is_fresh ? 0 : staleness[n] + 1;
+        // unsigned: it may begin at any number, and wraps as the reference does
+        staleness[n] = is_fresh ? 0 : static_cast<int32_t>(static_cast<uint32_t>(staleness[n]) + 1);
         if (is_fresh) indices[slot++] = static_cast<int32_t>(n);
       }
       std::fill(indices + slot, indices + p.max_fresh, -1);

@@ -1,0 +1,86 @@
+#pragma once
+
+#include <cstdint>
+#include <new>
+
+#include "params.h"
+#include "tokencache.h"
+
+// What the functions of the C API share. Unlike in api/, nobody has checked the arguments: each
+// function describes in a Call what it reads and writes, and only then runs.
+namespace tokencache::c_api {
+
+// Rows [outer, inner] of width elements each; strides count elements.
+struct View {
+  const char* name;
+  const void* data;
+  int64_t outer, inner, width;
+  int64_t stride_outer, stride_inner;
+  int64_t element_size;  // in bytes
+};
+
+// The rows of a contiguous tensor.
+View contiguous(const char* name, const void* data, int64_t outer, int64_t inner, int64_t width,
+                int64_t element_size);
+
+// Thrown where a call is refused, after tokencache_error() was given the sentence.
+struct Refusal {
+  tokencache_status status;
+};
+
+[[noreturn]] __attribute__((format(printf, 3, 4))) void refuse(const char* op,
+                                                               tokencache_status status,
+                                                               const char* format, ...);
+
+// Refuses what is not in [minimum, maximum].
+void expect_within(const char* op, const char* name, int64_t value, int64_t minimum,
+                   int64_t maximum);
+
+// The arguments of one call, all of them refused if they do not fit.
+class Call {
+ public:
+  Call(const char* op, const void* args, tokencache_device device, const void* stream);
+
+  void expect_within(const char* name, int64_t value, int64_t minimum, int64_t maximum) const;
+  void expect_size(const char* name, int64_t value) const;
+  // Of those that an op has; 0 for the others.
+  void expect_sizes(int64_t B, int64_t N, int64_t S, int64_t D) const;
+  void expect_eps(double eps) const;
+  Type type_of(tokencache_dtype dtype) const;
+
+  // What is written goes first: what is read is checked against it. A row may be read where it is
+  // written if the views are the same and it is said so.
+  void writes(const View& view);
+  void reads(const View& view, bool may_be_written = false) const;
+
+ private:
+  void expect_view(const View& view) const;
+
+  const char* op_;
+  View written_[3];
+  int num_written_ = 0;
+};
+
+int64_t size_of(Type type);
+
+// a * b of numbers that are not negative; where that is too much for any memory, a number that is
+// too much as well.
+int64_t times(int64_t a, int64_t b);
+
+// Gives tokencache_error() its sentence.
+tokencache_status out_of_memory(const char* op) noexcept;
+
+// Runs one function of the API: no exception passes into C.
+template <class F>
+tokencache_status run(const char* op, F f) noexcept {
+  try {
+    f();
+    return TOKENCACHE_OK;
+  } catch (const Refusal& refusal) {
+    return refusal.status;
+  } catch (const std::bad_alloc&) {
+    return out_of_memory(op);
+  }
+}
+
+}  // namespace tokencache::c_api
