@@ -7,7 +7,7 @@ run there.
 
 import importlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from types import ModuleType
 from typing import Any
 
@@ -27,7 +27,7 @@ def resolve(
     device: torch.device,
     dtype: torch.dtype,
     backend: str = "auto",
-    preference: Sequence[str] | None = None,
+    preference: Iterable[str] | None = None,
 ) -> Callable[..., Any]:
     """Return the function that runs ``op`` on ``device``.
 

@@ -6,7 +6,7 @@ a problem names what to try, best first, and where that order comes from.
 
 import importlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -29,7 +29,7 @@ class Row:
         device: ``cpu``, ``cuda`` or an architecture such as ``sm_90``.
         dtypes: of the inputs.
         max_head_dim: of the heads, or None for any.
-        order: names of ``CANDIDATES`` and of backends.
+        order: names of ``CANDIDATES`` and of backends; the reference comes last unsaid.
         source: where the order comes from.
     """
 
@@ -55,21 +55,18 @@ def read_table() -> tuple[Row, ...]:
 
 
 def find_row(query: Tensor) -> Row:
-    """The first row that fits; without one, only the reference is to be tried."""
-    nothing = Row(query.device.type, [], None, ["reference"], "no row of the table")
+    """The first row that fits, or one that names nothing."""
+    nothing = Row(query.device.type, [], None, [], "no row of the table")
     return next((row for row in read_table() if row.fits(query)), nothing)
 
 
 def preference(
     query: Tensor, key: Tensor, value: Tensor, key_lengths: Tensor | None
-) -> tuple[str, ...]:
+) -> Iterator[str]:
     """The backends that ``auto`` tries for this attention, best first."""
-    names = [
-        "library" if name in CANDIDATES else name
-        for name in find_row(query).order
-        if refusal(name, query, key, value, key_lengths) is None
-    ]
-    return tuple(dict.fromkeys([*names, "reference"]))
+    for name in (*find_row(query).order, "reference"):
+        if refusal(name, query, key, value, key_lengths) is None:
+            yield "library" if name in CANDIDATES else name
 
 
 def refusal(

@@ -1,6 +1,6 @@
 """Registers the ops with PyTorch: one namespace, schemas by hand, a fake for each."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ def define(schema: str, implementation: Callable[..., Any], fake: Callable[..., 
 
 
 def run(
-    op: str, anchor: Tensor, backend: str, preference: Sequence[str] | None = None
+    op: str, anchor: Tensor, backend: str, preference: Iterable[str] | None = None
 ) -> Callable[..., Any]:
     """The function that runs ``op`` where ``anchor`` lies; only called inside a registered op."""
     launch = backends.resolve(op, anchor.device, anchor.dtype, backend, preference)

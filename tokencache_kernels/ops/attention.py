@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..backends import library, reference
-from ._checks import expect, expect_no_grad
+from ._checks import expect, expect_no_grad, fail
 from ._library import define, run
 
 
@@ -81,7 +81,8 @@ def attention(
         query: (B, S, H, E), any float dtype; stride 1 along E.
         key: (B, N, H, E), dtype and device of ``query``.
         value: (B, N, H, E), likewise.
-        key_lengths: (B,) int32, how many keys each sample has (text of different lengths), or None.
+        key_lengths: (B,) int32, how many keys each sample has (text of different lengths), each in
+            [0, N]; or None: all.
         softmax_scale: the factor before the softmax; None: 1 / sqrt(E).
         backend: ``"auto"``, ``"triton"``, ``"reference"`` or ``"library"``, the best attention of
             another library. Auto takes the first that can run from a table by device, dtype and
@@ -171,6 +172,8 @@ def _check_attention(
     """Check the tensors; return the scale."""
     expect(op, "query", query, (None, None, None, None), "(B, S, H, E)")
     B, _, H, E = query.shape
+    if E == 0:
+        fail(op, "query", "have at least one channel a head", 0)
     expect(op, "key", key, (B, None, H, E), "(B, N, H, E)", like=query)
     expect(op, "value", value, key.shape, "(B, N, H, E)", like=query)
     if key_lengths is not None:
