@@ -97,3 +97,37 @@ def test_a_blend_is_one_launch_each_way(device, launches_of):
     )
 
     assert launches == ["_blend_kernel", "_blend_backward_kernel"]
+
+
+def test_attention_received_is_one_launch_with_the_log_sum_exp_and_two_without(device, launches_of):
+    query, key = randn(2, 5, 2, 8, device=device), randn(2, 9, 2, 8, device=device)
+    lse = ops.attention(query, key, key, backend="reference")[1]
+
+    def receive(lse):
+        return launches_of(lambda: ops.attention_received(query, key, lse=lse, backend="triton"))
+
+    assert receive(lse) == ["_attention_received_kernel"]
+    assert receive(None) == ["_log_sum_exp_kernel", "_attention_received_kernel"]
+
+
+def test_the_entropy_of_a_prompt_is_one_launch_and_of_an_image_two(device, launches_of):
+    def count(num_keys):
+        query, key = (
+            randn(1, length, 2, 8, dtype=torch.bfloat16, device=device) for length in (5, num_keys)
+        )
+        return launches_of(lambda: ops.attention_entropy(query, key, backend="triton"))
+
+    assert count(120) == ["_attention_entropy_kernel"]
+    assert count(140) == ["_log_sum_exp_kernel", "_attention_entropy_kernel"]
+
+
+@pytest.mark.parametrize("metric", ["cosine", "relative_l1"])
+def test_norms_and_changes_are_one_launch_each(device, launches_of, metric):
+    x = randn(2, 9, 2, 8, device=device)
+
+    launches = launches_of(lambda: ops.head_norms(x, backend="triton"))
+    launches += launches_of(
+        lambda: ops.token_change(x[:, :, 0], x[:, :, 1], metric=metric, backend="triton")
+    )
+
+    assert launches == ["_head_norms_kernel", "_token_change_kernel"]

@@ -56,7 +56,9 @@ def map_settings(itemsize: int, head_dim: int) -> list[MapSetting]:
 
 def entropy_setting(itemsize: int, head_dim: int) -> MapSetting:
     """For the head-averaged map: where it can be, a block of keys that takes a whole prompt."""
-    if itemsize == 4 or head_dim % 8:
+    if head_dim % 8:
+        return MapSetting(32, 16, 4, 1)
+    if itemsize == 4:
         return MapSetting(32, 32 if head_dim <= 128 else 16, 4, 2)
     return MapSetting(64, 128, 8, 2) if head_dim <= 128 else MapSetting(64, 32, 4, 2)
 
