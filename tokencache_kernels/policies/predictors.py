@@ -37,9 +37,10 @@ class Predictor(nn.Module):
         """What to call the class with to build one of the same shape."""
         return {name: getattr(self, name) for name in ("num_layers", "num_tokens", "num_steps")}
 
-    def extra_repr(self) -> str:
-        """The sizes."""
-        return ", ".join(f"{name}={value}" for name, value in self.arguments().items())
+    def __repr__(self) -> str:
+        """One line: it stands in policies, records and messages."""
+        arguments = ", ".join(f"{name}={value}" for name, value in self.arguments().items())
+        return f"{type(self).__name__}({arguments})"
 
     @property
     def flops(self) -> int:
