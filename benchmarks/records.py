@@ -22,7 +22,7 @@ def describe_run(device: torch.device, commit: str | None) -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "driver": driver_version(),
         **source,
-        "command": " ".join(sys.argv),
+        "command": " ".join((Path(sys.argv[0]).name, *sys.argv[1:])),
     }
 
 
