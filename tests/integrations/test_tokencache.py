@@ -306,7 +306,7 @@ def test_a_predictor_for_another_depth_is_refused_before_anything_is_hooked():
     predictor = make_table_predictor(deeper, STEPS)
     predictor.importance.fill_(0.5)
 
-    with pytest.raises(ValueError, match="predictor must be trained for 3 blocks, got one for 4"):
+    with pytest.raises(ValueError, match="config must be for 3 blocks, got one for 4"):
         apply_token_cache(model, policy_for(predictor))
     assert not hasattr(model.transformer_blocks[0], "_diffusers_hook")
 

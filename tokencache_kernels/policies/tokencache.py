@@ -189,6 +189,11 @@ class TokenCacheConfig:
             )
 
     @property
+    def num_layers(self) -> int:
+        """The blocks of the model that the predictor was trained for."""
+        return self.predictor.num_layers
+
+    @property
     def selector(self) -> ScoreSelector:
         """The tokens with the highest scores of the predictor, and nothing else."""
         return ScoreSelector("predicted", normalize=False)

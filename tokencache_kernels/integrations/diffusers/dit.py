@@ -14,7 +14,6 @@ from ...blocks import (
     key_sites,
 )
 from ...errors import UnsupportedInputError
-from ...ops._checks import fail
 from ...policies import Policy, Predictor, Site, Step, TokenCacheConfig
 from .hooks import (
     SELF_ATTENTION_HOOKS,
@@ -104,9 +103,6 @@ def attach(transformer: Any, policy: Policy, backend: str) -> None:
     for block in blocks:
         _check_block(block)
     predictor = policy.predictor if isinstance(policy, TokenCacheConfig) else None
-    if predictor is not None and predictor.num_layers != len(blocks):
-        wanted = f"be trained for {len(blocks)} blocks"
-        fail("apply_token_cache", "predictor", wanted, f"one for {predictor.num_layers}")
     base_score = policy.selector.base_score
     known = (*SELF_ATTENTION_HOOKS, "none") if predictor is None else ("predicted",)
     if base_score not in known:
