@@ -7,11 +7,19 @@ from tokencache_kernels.policies import SHAPES
 
 
 @pytest.mark.parametrize(
-    "name", ["", "tocca-3", "toca", "toca-0", "toca-3-101", "fewer-0", "dense-3", "taylor-3-4"]
+    "name", ["", "tocca-3", "toca", "toca-0", "toca-3-101", "fewer-0", "dense-3", "taylor3-3"]
 )
 def test_an_unknown_name_is_answered_with_the_known(name):
     with pytest.raises(ValueError, match=r"must be dense, fewer-<steps>, .*toca-<interval>.*, got"):
         parse_method(name, 50)
+
+
+def test_a_number_behind_a_family_is_the_order_of_its_forecast():
+    methods = [parse_method(name, 50) for name in ("toca-3-20", "toca1-3-20", "taylor2-4")]
+
+    assert [method.policy.forecast_order for method in methods] == [0, 1, 2]
+    assert [method.family for method in methods] == ["toca", "toca1", "taylor2"]
+    assert methods[0].flops_ratio == methods[1].flops_ratio
 
 
 def test_a_ratio_of_fewer_steps_is_that_of_the_steps():

@@ -28,9 +28,9 @@ from .verdicts import NUM_SIGMAS, Point, describe_mean, judge
 
 POLICIES = (
     "fewer-35", "fewer-25", "fewer-17", "fewer-12", "fora-2", "fora-3", "fora-5",
-    "taylor-3-1", "taylor-5-1", "taylor-5-2", "random-3", "random-5", "toca-3", "toca-5",
-    "duca-3", "duca-5", "tokencache-50", "tokencache", "tokencache-90",
-    "l2c", "l2c-50", "l2c-90", "uniform-40", "uniform-60", "uniform-80",
+    "taylor1-3", "taylor1-5", "taylor2-5", "random-3", "random-5", "toca-3", "toca-5",
+    "toca1-3", "toca1-5", "duca-3", "duca-5", "tokencache-50", "tokencache", "tokencache-90",
+    "l2c", "l2c-90", "uniform-40", "uniform-60", "uniform-80",
 )  # fmt: skip
 # equal images are infinitely near; no cache is
 MAX_PSNR = 100.0
@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--policies", nargs="+", metavar="NAME", help="such as toca-3, next to dense; default: all"
     )
-    parser.add_argument("--samples", type=int, default=100, help="digits of each policy")
+    parser.add_argument("--samples", type=int, default=80, help="digits of each policy")
     parser.add_argument(
         "--seeds", type=int, default=0, metavar="FIRST", help="the first; one for each digit"
     )

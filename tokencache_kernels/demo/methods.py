@@ -59,7 +59,8 @@ def parse_method(name: str, steps: int) -> Method:
     interval, and with that percentage of fresh tokens as the base of its ratios. ``l2c`` and
     ``tokencache`` are the trained ones that ship with the package, with that percentage as
     threshold and as share of cached tokens. ``uniform`` skips that percentage of the sub-layers in
-    every second step, all of them in turn.
+    every second step, all of them in turn. A number right behind ``taylor`` or ``toca`` is the
+    order of the forecast of what is stale.
 
     Raises:
         ValueError: there is no such method, and the message lists those there are; or what one was
@@ -128,7 +129,7 @@ def _fora(total: int, interval: int) -> _Built:
     return f"FORA, every {interval}", fora(interval, total)
 
 
-def _taylor(total: int, interval: int, order: int) -> _Built:
+def _taylor(total: int, order: int, interval: int) -> _Built:
     return f"TaylorSeer {order}, every {interval}", taylor_seer(interval, total, order)
 
 
@@ -150,6 +151,15 @@ def _published(
     )
     share = "" if percent is None else f", {percent} %"
     return f"{title}, every {interval}{share}", policy
+
+
+def _forecasting(total: int, order: int, interval: int, percent: int | None = None) -> _Built:
+    """ToCa whose stale tokens are forecast."""
+
+    def build(name: str, **settings: Any) -> Policy:
+        return replace(ToCaConfig.preset(name, **settings), forecast_order=order)
+
+    return _published(build, f"ToCa + forecast {order}", total, interval, percent)
 
 
 def _l2c(total: int, percent: int | None = None) -> _Built:
@@ -185,11 +195,12 @@ _METHODS: dict[str, Callable[..., _Built]] = {
     "dense": _dense,
     "fewer-<steps>": _fewer,
     "fora-<interval>": _fora,
-    "taylor-<interval>-<order>": _taylor,
+    "taylor<order>-<interval>": _taylor,
     "random-<interval>[-<percent>]": partial(
         _published, ToCaConfig.preset, "random tokens", seed=0
     ),
     "toca-<interval>[-<percent>]": partial(_published, ToCaConfig.preset, "ToCa"),
+    "toca<order>-<interval>[-<percent>]": _forecasting,
     "duca-<interval>[-<percent>]": partial(_published, DuCaConfig.preset, "DuCa"),
     "tokencache[-<percent>]": _tokencache,
     "l2c[-<percent>]": _l2c,

@@ -20,7 +20,7 @@ from .model import WEIGHTS, load_model
 from .sampling import GUIDANCE, STEPS, sample
 
 # the first is what the others are compared with; half the steps come on top
-METHODS = ("dense", "fora-3", "random-3", "toca-3", "tokencache", "l2c", "taylor-3-1")
+METHODS = ("dense", "fora-3", "random-3", "toca-3", "tokencache", "l2c", "taylor1-3")
 
 
 @dataclass(frozen=True)

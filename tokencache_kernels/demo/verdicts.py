@@ -44,12 +44,15 @@ CLAIMS = (
     Claim("Caching tokens beats caching layers (TokenCache, L2C)", "tokencache", "l2c"),
     Claim("A learned schedule beats a uniform one (L2C)", "l2c", "uniform"),
     Claim("Importance beats chance (ToCa, random tokens)", "toca", "random"),
-    Claim("Forecasting beats reusing (TaylorSeer, FORA)", "taylor", "fora"),
+    Claim("Forecasting beats reusing (TaylorSeer 1, FORA)", "taylor1", "fora"),
+    Claim("Forecasting beats reusing (ToCa with order 1, ToCa)", "toca1", "toca"),
+    Claim("Where both forecast, caching tokens beats caching layers", "toca1", "taylor1"),
     Claim("ToCa beats fewer steps", "toca", "fewer"),
     Claim("TokenCache beats fewer steps", "tokencache", "fewer"),
     Claim("Learning-to-Cache beats fewer steps", "l2c", "fewer"),
     Claim("DuCa beats fewer steps", "duca", "fewer"),
-    Claim("TaylorSeer beats fewer steps", "taylor", "fewer"),
+    Claim("TaylorSeer 1 beats fewer steps", "taylor1", "fewer"),
+    Claim("FORA beats fewer steps", "fora", "fewer"),
 )
 
 
