@@ -77,7 +77,8 @@ def run(options: argparse.Namespace) -> int:
     if options.policies is None:
         others = parse_those_trained(POLICIES, drawing.steps)
     else:
-        others = [parse_method(name, drawing.steps) for name in options.policies if name != "dense"]
+        names = [name for name in dict.fromkeys(options.policies) if name != "dense"]
+        others = [parse_method(name, drawing.steps) for name in names]
     methods = [parse_method("dense", drawing.steps), *others]
     draw(load_model(drawing.weights).to(drawing.device), methods, drawing)
     records, points = measure(methods, drawing)
