@@ -23,6 +23,7 @@ from .hooks import (
     FeatureHook,
     GridHook,
     KeyHook,
+    check_attention,
     expect_part,
     is_plain,
     main_site,
@@ -32,8 +33,6 @@ from .hooks import (
     register_score_hook,
 )
 from .predict import read_conditioning
-
-_PROCESSORS = ("AttnProcessor", "AttnProcessor2_0")
 
 
 class _BlockHook(BlockHook):
@@ -142,13 +141,9 @@ def _self_attention_of(attention: Any, backend: str) -> SelfAttention:
 
 def _check_block(block: Any) -> None:
     """Refuse what a partial step would get wrong."""
-    attention = block.attn1
-    processor = type(attention.processor).__name__
     expect_part(
         "norm_type 'ada_norm_zero'", repr(block.norm_type), block.norm_type == "ada_norm_zero"
     )
     expect_part("no cross-attention", "attn2", block.attn2 is None)
-    expect_part(f"an attention processor of {_PROCESSORS}", processor, processor in _PROCESSORS)
-    expect_part("unfused query, key and value", "to_qkv", not attention.fused_projections)
-    expect_part("no QK-norm", "norm_q", attention.norm_q is None)
     expect_part("no positional embedding of its own", "pos_embed", block.pos_embed is None)
+    check_attention(block.attn1)

@@ -16,6 +16,11 @@ from ...policies import Policy, Site, Step
 
 HOOK_NAME = "tokencache_kernels"
 _ACTIVATIONS = {"none": "gelu", "tanh": "gelu_tanh"}
+_PROCESSORS = ("AttnProcessor", "AttnProcessor2_0")
+_UNKNOWN_PARTS = (
+    "norm_q", "norm_k", "norm_cross", "group_norm", "spatial_norm", "added_kv_proj_dim",
+    "residual_connection",
+)  # fmt: skip
 
 
 class ContextState(BaseState):  # type: ignore[misc]
@@ -230,13 +235,10 @@ class TapHook(StatefulHook):
 
 
 class ScoreHook(FeatureHook):
-    """Also scores the layer's tokens, by the attention that each receives.
+    """Also scores the layer's tokens where a later step will select among them by that."""
 
-    The model keeps its fused attention. ``register_score_hook`` puts the hook on an attention, and
-    taps on the projections whose outputs it needs.
-    """
-
-    projections: tuple[str, ...] = ("to_q", "to_k")
+    # whose outputs are tapped, for the hook to score by
+    projections: tuple[str, ...] = ()
 
     def __init__(
         self, contexts: Contexts, site: Site, scored_sites: Sequence[Site], backend: str
@@ -245,31 +247,79 @@ class ScoreHook(FeatureHook):
         self._scored_sites = scored_sites
         self._backend = backend
 
+    def find_scored(self) -> Site | None:
+        """The site to store the scores for, now; the sites share them."""
+        state = self.state
+        if not (state.is_own_code and state.runner.is_remembered(self._site)):
+            return None
+        return next(filter(state.runner.is_selected, self._scored_sites), None)
+
+
+class ReceivedHook(ScoreHook):
+    """Scores a token by the attention that it receives.
+
+    That takes the log-sum-exp of the attention, which the model's own processor keeps to itself: in
+    the steps that score, the model's projections run around ``ops.attention``.
+    """
+
+    def new_forward(
+        self,
+        attention: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        **named: Any,
+    ) -> Tensor:
+        """The model's own attention, or ours where it is scored."""
+        scored = self.find_scored()
+        output: Tensor
+        if scored is None:
+            output = self.fn_ref.original_forward(
+                hidden_states, encoder_hidden_states, attention_mask, **named
+            )
+            return output
+        if attention_mask is not None:
+            raise UnsupportedInputError(
+                "apply_token_cache: attention_mask must be None where tokens are scored by the "
+                "attention that they receive, got a mask"
+            )
+        # the processor may be another one than when the policy was applied
+        check_attention(attention)
+        query, key, value = (
+            project(hidden_states).unflatten(-1, (attention.heads, -1))
+            for project in (attention.to_q, attention.to_k, attention.to_v)
+        )
+        scale, backend = attention.scale, self._backend
+        out, lse = ops.attention(query, key, value, softmax_scale=scale, backend=backend)
+        received = ops.attention_received(query, key, lse=lse, softmax_scale=scale, backend=backend)
+        self.state.runner.store_scores(scored, received.mean(dim=1))
+        project, dropout = attention.to_out
+        output = dropout(project(out.flatten(2)))
+        return output
+
+
+class TappedScoreHook(ScoreHook):
+    """Scores tokens by outputs of the projections; the model runs its own attention."""
+
     def compute_scores(self, attention: Any, *projected: Tensor) -> Tensor:
         """(B, N), of the outputs of the projections, (B, N, H, E) each."""
-        query, key = projected
-        received = ops.attention_received(
-            query, key, softmax_scale=attention.scale, backend=self._backend
-        )
-        return received.mean(dim=1)
+        raise NotImplementedError
 
     def post_forward(self, attention: Any, output: Tensor) -> Tensor:
-        """Keep the scores where a later step will select among the tokens by them."""
+        """Keep the scores, and the output."""
         state = self.state
-        runner = state.runner
         if state.is_own_code:
             projected = [
                 state.taps.pop(name).unflatten(-1, (attention.heads, -1))
                 for name in self.projections
             ]
-            # the sites share their scores
-            scored = next(filter(runner.is_selected, self._scored_sites), None)
-            if scored is not None and runner.is_remembered(self._site):
-                runner.store_scores(scored, self.compute_scores(attention, *projected))
+            scored = self.find_scored()
+            if scored is not None:
+                state.runner.store_scores(scored, self.compute_scores(attention, *projected))
         return super().post_forward(attention, output)
 
 
-class ValueNormHook(ScoreHook):
+class ValueNormHook(TappedScoreHook):
     """Scores a token by how small its value in self-attention is."""
 
     projections = ("to_v",)
@@ -281,7 +331,7 @@ class ValueNormHook(ScoreHook):
 
 
 # by base score, what scores the tokens of a self-attention
-SELF_ATTENTION_HOOKS = {"attention_received": ScoreHook, "value_norm": ValueNormHook}
+SELF_ATTENTION_HOOKS = {"attention_received": ReceivedHook, "value_norm": ValueNormHook}
 
 
 def main_site(layer: int, module: str) -> Site:
@@ -307,6 +357,15 @@ def expect_part(wanted: str, got: object, is_fine: bool) -> None:
         raise UnsupportedInputError(
             f"apply_token_cache: transformer blocks must have {wanted}, got {got}"
         )
+
+
+def check_attention(attention: Any) -> None:
+    """Refuse an attention with parts that fresh queries would not pass through."""
+    processor = type(attention.processor).__name__
+    expect_part(f"an attention processor of {_PROCESSORS}", processor, processor in _PROCESSORS)
+    expect_part("unfused query, key and value", "to_qkv", not attention.fused_projections)
+    for part in _UNKNOWN_PARTS:
+        expect_part(f"no {part} in attention", part, not getattr(attention, part))
 
 
 def mlp_of(feed_forward: Any) -> Mlp:

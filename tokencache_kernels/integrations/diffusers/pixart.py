@@ -18,8 +18,9 @@ from .hooks import (
     ContextState,
     FeatureHook,
     GridHook,
-    ScoreHook,
     StatefulHook,
+    TappedScoreHook,
+    check_attention,
     expect_part,
     is_plain,
     main_site,
@@ -30,12 +31,6 @@ from .hooks import (
 )
 
 _BASE_SCORES = ("attention_entropy", *SELF_ATTENTION_HOOKS, "none")
-_PROCESSORS = ("AttnProcessor", "AttnProcessor2_0")
-# parts of an attention that fresh queries would not pass through
-_UNKNOWN_PARTS = (
-    "norm_q", "norm_k", "norm_cross", "group_norm", "spatial_norm", "added_kv_proj_dim",
-    "residual_connection",
-)  # fmt: skip
 # a mask's -10000 is -9984 in bfloat16
 _DISCARDED = -9000
 
@@ -157,8 +152,10 @@ class _BlockHook(BlockHook):
         )
 
 
-class _EntropyHook(ScoreHook):
+class _EntropyHook(TappedScoreHook):
     """Scores a token by the entropy of its row of the head-averaged cross-attention map."""
+
+    projections = ("to_q", "to_k")
 
     def compute_scores(self, attention: Any, *projected: Tensor) -> Tensor:
         """(B, N), of query (B, N, H, E) and key (B, M, H, E)."""
@@ -232,8 +229,4 @@ def _check_block(block: Any) -> None:
     expect_part("no gated attention", "fuser", not hasattr(block, "fuser"))
     expect_part("no positional embedding of its own", "pos_embed", block.pos_embed is None)
     for attention in (block.attn1, block.attn2):
-        processor = type(attention.processor).__name__
-        expect_part(f"an attention processor of {_PROCESSORS}", processor, processor in _PROCESSORS)
-        expect_part("unfused query, key and value", "to_qkv", not attention.fused_projections)
-        for part in _UNKNOWN_PARTS:
-            expect_part(f"no {part} in attention", part, not getattr(attention, part))
+        check_attention(attention)
