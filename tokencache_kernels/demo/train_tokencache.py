@@ -83,8 +83,9 @@ def run(options: argparse.Namespace) -> int:
     )
     num_batches = -(-CALIBRATION_SAMPLES // options.batch)
     calibrate_predictor(model, predictor, scheduler, draw, num_batches, seed=options.seed + 1)
-    save_predictor(predictor, options.out)
     importance = [round(value, 4) for value in predictor.step_importance()]
+    # float16 is as much as scores need, and half the file
+    save_predictor(predictor.half(), options.out)
     record = {
         "method": "tokencache",
         "weights_sha256": digest,
