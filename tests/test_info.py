@@ -12,7 +12,7 @@ def test_info_tells_versions_settings_and_every_backend(capsys, monkeypatch):
 
     printed = capsys.readouterr().out
     assert torch.__version__ in printed
-    assert "TOKENCACHE_BACKEND          reference" in printed
+    assert "TOKENCACHE_BACKEND           reference" in printed
     for device in info.DEVICES:
         assert f"Backends on {device}" in printed
     for backend in ("triton", "native", "reference"):

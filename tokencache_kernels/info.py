@@ -117,7 +117,8 @@ def describe_native_library() -> dict[str, str]:
     reason = native.unavailable(torch.device("cpu"), torch.float32)
     facts = native.build_info() or {}
     state = f"not usable: {reason}" if reason else "loaded"
-    return {"path": str(native.library_path()), "state": state, **facts}
+    in_use = {} if reason else {"instructions": native.cpu_instructions()}
+    return {"path": str(native.library_path()), "state": state, **in_use, **facts}
 
 
 def environment() -> dict[str, str]:
@@ -125,6 +126,7 @@ def environment() -> dict[str, str]:
     return {
         "TOKENCACHE_BACKEND": settings.backend(),
         "TOKENCACHE_CHECK_INDICES": "1" if settings.check_indices() else "0",
+        "TOKENCACHE_CPU_INSTRUCTIONS": settings.cpu_instructions() or "(the best there are)",
         "TOKENCACHE_LAUNCH_SETTINGS": settings.launch_settings_path() or "(shipped settings only)",
         "TOKENCACHE_NATIVE_LIBRARY": settings.native_library_path() or "(the installed one)",
         "TRITON_INTERPRET": "1" if settings.is_interpreting() else "0",

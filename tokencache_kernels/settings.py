@@ -3,6 +3,7 @@
 import os
 
 BACKENDS = ("auto", "triton", "native", "reference", "library")
+CPU_INSTRUCTIONS = ("portable", "avx2", "avx512")
 
 
 def backend() -> str:
@@ -16,6 +17,15 @@ def backend() -> str:
 def check_indices() -> bool:
     """``TOKENCACHE_CHECK_INDICES=1``: read indices on the host, check range and uniqueness."""
     return os.environ.get("TOKENCACHE_CHECK_INDICES", "0") == "1"
+
+
+def cpu_instructions() -> str | None:
+    """``TOKENCACHE_CPU_INSTRUCTIONS``: of the native CPU loops, or None: the best there are."""
+    name = os.environ.get("TOKENCACHE_CPU_INSTRUCTIONS")
+    if name is not None and name not in CPU_INSTRUCTIONS:
+        wanted = ", ".join(CPU_INSTRUCTIONS)
+        raise ValueError(f"TOKENCACHE_CPU_INSTRUCTIONS must be one of {wanted}, got {name!r}")
+    return name
 
 
 def launch_settings_path() -> str | None:

@@ -14,9 +14,8 @@ namespace {
 
 // A tile of the map is as large as its sums fit into the vector registers.
 constexpr int kQueries = kVectorBytes == 64 ? 12 : 6;
-constexpr int kVectors = 2;
 template <class W>
-constexpr int kKeys = kVectors * kLanes<W>;
+constexpr int kKeys = 2 * kLanes<W>;
 
 // Long sums are taken in blocks of that many: as exact as sums of few.
 template <class W>
@@ -32,43 +31,47 @@ int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step;
 
 int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// Up to `width` rows side by side, out[e][row] = x[row][e]; missing rows are zeros.
+// Up to kKeys rows side by side, out[e][row] = x[row][e]; missing rows are zeros.
 template <class T, class W>
-void pack_rows(const T* x, int64_t stride, int64_t count, int64_t E, int width, W* scratch,
-               W* out) {
-  for (int row = 0; row < width; ++row) {
-    if (row < count) {
-      const W* values = read_row(x + row * stride, scratch, E);
-      for (int64_t e = 0; e < E; ++e) out[e * width + row] = values[e];
-    } else {
-      for (int64_t e = 0; e < E; ++e) out[e * width + row] = 0;
+void pack_keys(const T* x, int64_t stride, int64_t count, int64_t E, W* scratch, W* out) {
+  for (int64_t row = 0; row < kKeys<W>; ++row) {
+    const W* values = row < count ? read_row(x + row * stride, scratch, E) : nullptr;
+    for (int64_t e = 0; e < E; ++e) out[e * kKeys<W> + row] = values ? values[e] : 0;
+  }
+}
+
+// At most kQueries rows one after another, out[e / kDepth][row][e % kDepth] = x[row][e].
+template <class T, class W>
+void pack_queries(const T* x, int64_t stride, int64_t count, int64_t E, W* out) {
+  for (int64_t first = 0; first < E; first += kDepth, out += kQueries * kDepth) {
+    const int64_t depth = smaller(kDepth, E - first);
+    for (int64_t row = 0; row < count; ++row) {
+      W* place = out + row * kDepth;
+      const W* values = read_row(x + row * stride + first, place, depth);
+      if (values != place) std::memcpy(place, values, depth * sizeof(W));
     }
   }
 }
 
-// out[m][n] = scale * query[m] @ keys[n] of one tile, both packed; rows of out are `stride` apart.
+// out[m][n] [+]= scale * query[m] @ keys[n] of one tile and at most kDepth channels, both packed;
+// rows of out are `stride` apart.
 template <class W>
-void multiply_tile(const W* query, const W* keys, int64_t E, W scale, W* out, int64_t stride) {
-  for (int64_t first = 0; first < E; first += kDepth) {
-    Vector<W> sums[kQueries][kVectors] = {};
-    const int64_t end = smaller(first + kDepth, E);
-    for (int64_t e = first; e < end; ++e, query += kQueries, keys += kKeys<W>) {
-      Vector<W> key[kVectors];
-#pragma GCC unroll 2
-      for (int v = 0; v < kVectors; ++v) key[v] = load(keys + v * kLanes<W>);
-#pragma GCC unroll 12
-      for (int m = 0; m < kQueries; ++m) {
-#pragma GCC unroll 2
-        for (int v = 0; v < kVectors; ++v) sums[m][v] += query[m] * key[v];
-      }
-    }
+void multiply_tile(const W* query, const W* keys, int64_t depth, W scale, bool adds, W* out,
+                   int64_t stride) {
+  Vector<W> sums[kQueries][2] = {};
+  for (int64_t e = 0; e < depth; ++e, keys += kKeys<W>) {
+    const Vector<W> left = load(keys), right = load(keys + kLanes<W>);
 #pragma GCC unroll 12
     for (int m = 0; m < kQueries; ++m) {
-#pragma GCC unroll 2
-      for (int v = 0; v < kVectors; ++v) {
-        W* place = out + m * stride + v * kLanes<W>;
-        store(place, scale * sums[m][v] + (first > 0 ? load(place) : Vector<W>{}));
-      }
+      sums[m][0] += query[m * kDepth + e] * left;
+      sums[m][1] += query[m * kDepth + e] * right;
+    }
+  }
+#pragma GCC unroll 12
+  for (int m = 0; m < kQueries; ++m) {
+    for (int v = 0; v < 2; ++v) {
+      W* place = out + m * stride + v * kLanes<W>;
+      store(place, scale * sums[m][v] + (adds ? load(place) : Vector<W>{}));
     }
   }
 }
@@ -83,7 +86,7 @@ class HeadMap {
       : p_(p),
         width_(round_up(p.N, kKeys<W>)),
         scratch_(1, p.E),
-        query_(1, p.E * kQueries),
+        query_(1, round_up(p.E, kDepth) * kQueries),
         keys_(1, p.E * width_),
         rows_(kQueries, width_) {}
 
@@ -95,8 +98,8 @@ class HeadMap {
     num_keys_ = num_keys;
     const T* keys = row_of<T>(p_.key, b * p_.stride_key_b + h * p_.stride_key_h);
     for (int64_t n = 0; n < num_keys; n += kKeys<W>) {
-      pack_rows(keys + n * p_.stride_key_n, p_.stride_key_n, num_keys - n, p_.E, kKeys<W>,
-                scratch_[0], keys_[0] + n * p_.E);
+      pack_keys(keys + n * p_.stride_key_n, p_.stride_key_n, num_keys - n, p_.E, scratch_[0],
+                keys_[0] + n * p_.E);
     }
   }
 
@@ -107,12 +110,14 @@ class HeadMap {
                     int64_t stride_lse, F f) {
     const int64_t offset =
         b * p_.stride_query_b + first * p_.stride_query_s + h * p_.stride_query_h;
-    pack_rows(row_of<T>(p_.query, offset), p_.stride_query_s, count, p_.E, kQueries, scratch_[0],
-              query_[0]);
+    pack_queries(row_of<T>(p_.query, offset), p_.stride_query_s, count, p_.E, query_[0]);
     const W scale = static_cast<W>(p_.softmax_scale);
     const int64_t width = round_up(num_keys_, kKeys<W>);
     for (int64_t n = 0; n < width; n += kKeys<W>) {
-      multiply_tile(query_[0], keys_[0] + n * p_.E, p_.E, scale, rows_[0] + n, rows_[1] - rows_[0]);
+      for (int64_t e = 0; e < p_.E; e += kDepth) {
+        multiply_tile(query_[0] + e * kQueries, keys_[0] + n * p_.E + e * kKeys<W>,
+                      smaller(kDepth, p_.E - e), scale, e > 0, rows_[0] + n, rows_[1] - rows_[0]);
+      }
     }
     for (int64_t m = 0; m < count; ++m) {
       W* row = rows_[m];

@@ -1,14 +1,16 @@
 import sys
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from tokencache_kernels import backends
+from tokencache_kernels import backends, settings
 from tokencache_kernels.backends import native, reference
 from tokencache_kernels.backends.native import library
 from tokencache_kernels.errors import BackendUnavailableError
 from tokencache_kernels.ops import gather_rows
-from tokencache_kernels.testing import randn, random_indices
+from tokencache_kernels.testing import assert_within_budget, in_float64, randn, random_indices
 from tokencache_kernels.version import __version__
 
 CPU = torch.device("cpu")
@@ -103,6 +105,159 @@ def test_the_schemas_tell_what_is_written():
     torch.library.opcheck(
         ops.scatter_rows_.default, (cache, indices, rows), test_utils="test_schema"
     )
+
+
+B, N, S, D, H, E = 2, 230, 101, 321, 3, 26  # enough for several threads
+# the inputs of everything that is compiled for each instruction set
+VECTOR_OPS = {
+    "add_branches": lambda some, wide: (
+        some(B, N, D), some(B, N, D), [some(B, N, D)] * 2, [some(B, D), None],
+    ),
+    "gather_modulate": lambda some, wide: (
+        some(B, N, D), random_indices(B, N, S, num_empty=2), some(B, D), some(B, D), 1e-6,
+    ),
+    "blend": lambda some, wide: (some(B, N, D), some(B, N, D), wide(B, N).sigmoid()),
+    "blend_backward": lambda some, wide: (
+        some(B, N, D), some(B, N, D), some(B, N, D), wide(B, N).sigmoid(), True,
+    ),
+    "project_qkv_": lambda some, wide: (
+        some(B, N, H, E), some(B, N, H, E), some(B, S, 8), random_indices(B, N, S, num_empty=2),
+        [some(H * E, 8)] * 3, None, reference.QkNorm(some(E), some(E), kind="layer"),
+        (wide(N, E), wide(N, E)), False,
+    ),
+    "attention_received": lambda some, wide: (some(B, S, H, E), some(B, N, H, E), None, 0.3),
+    "attention_entropy": lambda some, wide: (some(B, N, H, E), some(B, S, H, E), None, 0.3),
+    "head_norms": lambda some, wide: (some(B, N, H, E),),
+    "token_change": lambda some, wide: (some(B, N, D), some(B, N, D), "cosine"),
+}  # fmt: skip
+
+
+def make_vector_inputs(op, dtype):
+    seeds = iter(range(10))
+
+    def some(*shape, dtype=dtype):
+        return randn(*shape, dtype=dtype, seed=next(seeds))
+
+    wide = torch.promote_types(dtype, torch.float32)
+    return VECTOR_OPS[op](some, partial(some, dtype=wide))
+
+
+def widen(value):
+    """The same in float64."""
+    if isinstance(value, reference.QkNorm):
+        return value._replace(**{k: widen(v) for k, v in value._asdict().items()})
+    if isinstance(value, list | tuple):
+        return type(value)(map(widen, value))
+    return in_float64(value)[0]
+
+
+def outputs_of(backend, op, inputs):
+    """What the op returns, and what it writes."""
+    inputs = [x.clone() if isinstance(x, torch.Tensor) else x for x in inputs]
+    returned = getattr(backend, op)(*inputs)
+    written = {"add_branches": 1, "project_qkv_": 2}.get(op, 0)
+    given = returned if isinstance(returned, tuple) else (returned,) * (returned is not None)
+    return [*given, *inputs[:written]]
+
+
+@pytest.fixture
+def keeps_instructions():
+    before = native.cpu_instructions()
+    yield
+    library.OPS.use_cpu_instructions(before)
+
+
+@pytest.fixture(params=settings.CPU_INSTRUCTIONS)
+def instructions(request, keeps_instructions):
+    if not library.OPS.use_cpu_instructions(request.param):
+        pytest.skip(f"this processor lacks {request.param}")
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", DTYPES[1:4], ids=str)
+@pytest.mark.parametrize("op", VECTOR_OPS)
+def test_every_instruction_set_is_as_exact_as_eager(instructions, op, dtype):
+    inputs = make_vector_inputs(op, dtype)
+
+    outputs = outputs_of(native, op, inputs)
+
+    exact = outputs_of(reference, op, widen(inputs))
+    rounded = outputs_of(reference, op, inputs)
+    for out, exactly, roughly in zip(outputs, exact, rounded, strict=True):
+        assert_within_budget(out, exactly, roughly)
+
+
+@needs_library
+@pytest.mark.parametrize("op", VECTOR_OPS)
+def test_float64_is_worked_in_as_such(instructions, op):
+    inputs = make_vector_inputs(op, torch.float64)
+
+    outputs = outputs_of(native, op, inputs)
+
+    torch.testing.assert_close(outputs, outputs_of(reference, op, inputs), rtol=1e-12, atol=1e-13)
+
+
+@needs_library
+@pytest.mark.parametrize("op", VECTOR_OPS)
+def test_the_number_of_threads_changes_no_bit(four_threads, op):
+    inputs = make_vector_inputs(op, torch.float32)
+
+    by_four = outputs_of(native, op, inputs)
+    torch.set_num_threads(1)
+    by_one = outputs_of(native, op, inputs)
+
+    torch.testing.assert_close(by_four, by_one, rtol=0, atol=0)
+
+
+@needs_library
+@pytest.mark.parametrize(
+    ("dtype", "lowest", "highest"), [(torch.float32, -87, 88), (torch.float64, -708, 709)], ids=str
+)
+def test_the_exponential_is_within_two_roundings(instructions, dtype, lowest, highest):
+    """A single query of 1 gives each key e to the power of it."""
+    x = torch.linspace(lowest, highest, 40_001, dtype=dtype)
+    beyond = torch.tensor([-1e30, 1e30, torch.nan, -torch.inf], dtype=dtype)
+    one, zero = torch.ones(1, 1, 1, 1, dtype=dtype), torch.zeros(1, 1, 1, dtype=dtype)
+
+    out, limits = (
+        native.attention_received(one, key[None, :, None, None], zero, 1.0)[0, 0]
+        for key in (x, beyond)
+    )
+
+    wanted = x.double().exp()
+    assert ((out - wanted) / wanted).abs().max() < 2 * torch.finfo(dtype).eps
+    torch.testing.assert_close(limits, beyond.exp(), rtol=0, atol=0, equal_nan=True)
+
+
+@needs_library
+def test_the_instructions_are_those_asked_for(monkeypatch, keeps_instructions):
+    monkeypatch.setenv("TOKENCACHE_CPU_INSTRUCTIONS", "portable")
+
+    assert library.load_library.__wrapped__() is None
+
+    assert native.cpu_instructions() == "portable"
+
+
+@needs_library
+def test_instructions_that_the_processor_lacks_are_named_as_the_reason(monkeypatch):
+    lacks_all = SimpleNamespace(use_cpu_instructions=lambda name: False)
+    monkeypatch.setenv("TOKENCACHE_CPU_INSTRUCTIONS", "avx512")
+    monkeypatch.setattr(library, "OPS", lacks_all)
+
+    reason = library.load_library.__wrapped__()
+
+    assert reason == (
+        "TOKENCACHE_CPU_INSTRUCTIONS must name instructions that this processor has, got 'avx512'"
+    )
+
+
+@needs_library
+def test_unknown_instructions_are_refused(monkeypatch):
+    assert not library.OPS.use_cpu_instructions("avx1024")
+
+    monkeypatch.setenv("TOKENCACHE_CPU_INSTRUCTIONS", "avx1024")
+    with pytest.raises(ValueError, match=r"INSTRUCTIONS must be one of portable, .*'avx1024'"):
+        library.load_library.__wrapped__()
 
 
 @needs_library

@@ -3,7 +3,13 @@
 import torch
 
 from .blend import blend, blend_backward
-from .library import build_info, library_path, load_cuda_library, load_library
+from .library import (
+    build_info,
+    cpu_instructions,
+    library_path,
+    load_cuda_library,
+    load_library,
+)
 from .linear import linear, linear_scatter_
 from .mlp import mlp_
 from .modulate import add_branches, gather_modulate, row_pass
@@ -19,6 +25,7 @@ __all__ = [
     "blend",
     "blend_backward",
     "build_info",
+    "cpu_instructions",
     "gather_modulate",
     "gather_rows",
     "head_norms",

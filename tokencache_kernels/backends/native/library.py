@@ -27,6 +27,12 @@ def load_library() -> str | None:
         torch.ops.load_library(path)
     except OSError as error:
         return f"the native library does not load ({error})"
+    instructions = settings.cpu_instructions()
+    if instructions is not None and not OPS.use_cpu_instructions(instructions):
+        return (
+            "TOKENCACHE_CPU_INSTRUCTIONS must name instructions that this processor has, "
+            f"got {instructions!r}"
+        )
     return None
 
 
@@ -47,6 +53,12 @@ def library_path() -> Path:
     """Where the library is: ``TOKENCACHE_NATIVE_LIBRARY``, or where the build installs it."""
     override = settings.native_library_path()
     return Path(override) if override else _PACKAGE / "libtokencache_kernels.so"
+
+
+def cpu_instructions() -> str:
+    """The instruction set that the CPU loops of the loaded library use."""
+    name: str = OPS.cpu_instructions()
+    return name
 
 
 def build_info() -> dict[str, str] | None:
