@@ -57,9 +57,9 @@ def map_settings(itemsize: int, head_dim: int) -> list[MapSetting]:
 def entropy_setting(itemsize: int, head_dim: int) -> MapSetting:
     """For the head-averaged map: where it can be, a block of keys that takes a whole prompt."""
     if head_dim % 8:
-        return MapSetting(32, 16, 4, 1)
+        return MapSetting(16, 16, 4, 1)
     if itemsize == 4:
-        return MapSetting(32, 32 if head_dim <= 128 else 16, 4, 2)
+        return MapSetting(32, 16, 4, 2)
     return MapSetting(64, 128, 8, 2) if head_dim <= 128 else MapSetting(64, 32, 4, 2)
 
 
@@ -351,7 +351,7 @@ def compile_cases(device: Device) -> Iterator[CompileCase]:
 
     float16 differs from bfloat16 in the type of its instructions alone.
     """
-    head_dims = {"bf16": (25, 64, 72, 96, 128, 256), "fp16": (72,), "fp32": (72, 256)}
+    head_dims = {"bf16": (64, 72, 96, 99, 128, 256), "fp16": (72,), "fp32": (72, 128)}
     for dtype, E in ((dtype, E) for dtype, dims in head_dims.items() for E in dims):
         itemsize = 4 if dtype == "fp32" else 2
         for setting in map_settings(itemsize, E):
