@@ -112,10 +112,13 @@ def make_inputs(
     def normal(*sizes: int) -> Tensor:
         return torch.randn(sizes, dtype=dtype, **random)
 
+    # the head dims of DiT and of FLUX; the last is for the tiny layer
+    E = next(head_dim for head_dim in (72, 128, 8) if D % head_dim == 0)
     fresh = torch.rand(B, N, **random).argsort(-1)[:, :S].sort(-1).values
     makers = {
         **dict.fromkeys(("x", "cache", "attention", "mlp"), lambda: normal(B, N, D)),
         **dict.fromkeys(("gate", "shift", "scale"), lambda: normal(B, D)),
+        **dict.fromkeys(("query", "key"), lambda: normal(B, N, D // E, E)),
         "rows": lambda: normal(B, S, D),
         "hidden": lambda: normal(B, S, wide),
         "fc1": lambda: normal(M, D) / D**0.5,
@@ -197,6 +200,16 @@ OPS = {
             lambda s, size: 2 * (s.B * s.S * s.D + s.D * s.M) * size,
             lambda s: 4 * s.B * s.S * s.D * s.M,
             fits=lambda s: s.extra == 0,
+        ),
+        Op(
+            # without a forward's log-sum-exp, which makes it twice the work
+            "attention_received",
+            lambda query, key, backend: ops.attention_received(query, key, backend=backend),
+            {"eager": published.attention_received},
+            lambda s, size: 2 * s.B * s.N * s.D * size,
+            lambda s: 4 * s.B * s.N * s.N * s.D,
+            # beyond, the map of the baseline takes tens of gigabytes
+            fits=lambda s: s.N <= 4608,
         ),
         Op(
             "gather_rows",

@@ -68,3 +68,9 @@ def dense_mlp(x, shift, scale, fc1, fc1_bias, fc2, fc2_bias):
 
 def _columns(fresh, x):
     return fresh[..., None].expand(-1, -1, x.shape[-1])
+
+
+def attention_received(query, key):
+    """The whole map, averaged over its queries."""
+    logits = query.transpose(1, 2) @ key.permute(0, 2, 3, 1) * query.shape[-1] ** -0.5
+    return logits.softmax(-1).mean(2)
