@@ -118,7 +118,7 @@ def test_a_predictor_comes_back_as_it_was_saved(build, tmp_path):
     path = tmp_path / "folder" / "predictor.safetensors"
 
     save_predictor(predictor, path)
-    loaded = load_predictor(path)
+    loaded = load_predictor(str(path))
 
     assert repr(loaded) == repr(predictor)
     assert loaded.state_dict().keys() == predictor.state_dict().keys()

@@ -179,7 +179,7 @@ def save_router(router: LearningToCacheConfig, path: Path) -> None:
 
 
 def load_router(
-    path: Path, *, num_layers: int | None = None, num_inference_steps: int | None = None
+    path: str | Path, *, num_layers: int | None = None, num_inference_steps: int | None = None
 ) -> LearningToCacheConfig:
     """Read what ``save_router`` wrote.
 

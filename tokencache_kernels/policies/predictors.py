@@ -176,7 +176,7 @@ def save_predictor(predictor: Predictor, path: Path) -> None:
     replace_file(path, save(state, {"format": FORMAT, "facts": facts}))
 
 
-def load_predictor(path: Path) -> Predictor:
+def load_predictor(path: str | Path) -> Predictor:
     """Read what ``save_predictor`` wrote; nothing in a file is ever executed.
 
     Raises:

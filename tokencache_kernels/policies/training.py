@@ -212,7 +212,7 @@ def _resume(
 
 
 def load_safetensors(
-    path: Path, op: str, argument: str, format_name: str
+    path: str | Path, op: str, argument: str, format_name: str
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read the tensors and the metadata of a file of ours; nothing in a file is ever executed.
 
@@ -222,7 +222,7 @@ def load_safetensors(
     """
     from safetensors import SafetensorError, safe_open
 
-    if not path.exists():
+    if not Path(path).exists():
         raise FileNotFoundError(f"{op}: {argument} must be a file, got {path}")
     try:
         with safe_open(path, framework="pt") as file:
