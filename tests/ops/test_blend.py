@@ -93,6 +93,20 @@ def test_every_input_gets_its_gradient_on_every_backend(backend, device, shape, 
     assert (outs[2] - exact[2]).abs().max().item() <= 8 * torch.finfo(torch.float32).eps * terms
 
 
+def test_a_second_derivative_is_right_or_refused(backend, device):
+    cached, fresh, weight = make_inputs(2, 3, 4, device=device)
+    weight.requires_grad_()
+    out = ops.blend(cached, fresh, weight, backend=backend)
+    (first,) = torch.autograd.grad(out.square().sum(), weight, create_graph=True)
+
+    if backend == "reference":
+        (second,) = torch.autograd.grad(first.sum(), weight)
+        torch.testing.assert_close(second, 2 * (fresh - cached).square().sum(-1))
+    else:
+        with pytest.raises(RuntimeError, match="blend: backend must be 'reference' for a second"):
+            first.sum().backward()
+
+
 def test_only_the_gradients_asked_for_are_made(backend, device):
     cached, fresh, weight = make_inputs(2, 7, 24, device=device)
     weight.requires_grad_()
@@ -122,6 +136,27 @@ def test_shared_weights_are_every_tokens_weight(backend, device):
 
     torch.testing.assert_close(by_position, by_token, rtol=0, atol=0)
     torch.testing.assert_close(one, repeated, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        pytest.param(lambda weight: weight.t().contiguous().t(), id="transposed"),
+        pytest.param(lambda weight: weight[:, :1].expand(2, 7), id="one-a-sample"),
+        pytest.param(lambda weight: weight.repeat_interleave(2, dim=1)[0, ::2], id="every-second"),
+    ],
+)
+def test_weights_may_lie_in_any_order(backend, device, view):
+    cached, fresh, weight = make_inputs(2, 7, 24, device=device)
+    weight = view(weight).requires_grad_()
+    packed = weight.detach().contiguous().requires_grad_()
+
+    outs = [ops.blend(cached, fresh, given, backend=backend) for given in (weight, packed)]
+    grads = [torch.autograd.grad(out.sum(), given)[0]
+             for out, given in zip(outs, (weight, packed), strict=True)]  # fmt: skip
+
+    torch.testing.assert_close(outs[0], outs[1], rtol=0, atol=0)
+    torch.testing.assert_close(grads[0], grads[1], rtol=0, atol=0)
 
 
 def test_low_precision_weights_get_one_rounding(backend, device):

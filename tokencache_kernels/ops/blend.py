@@ -1,6 +1,6 @@
 """Mix cached features with fresh ones, differentiably: what routers and predictors learn by."""
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -57,7 +57,13 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor, No
     return grad_cached if needs_cached else None, grad_fresh, grad_weight, None
 
 
+def _refuse_backward(ctx: Any, *grads: Tensor) -> NoReturn:
+    # without this PyTorch would warn and give wrong second derivatives
+    raise RuntimeError("blend: backend must be 'reference' for a second derivative, got another")
+
+
 torch.library.register_autograd(f"{NAMESPACE}::blend", _backward, setup_context=_keep_inputs)
+torch.library.register_autograd(f"{NAMESPACE}::blend_backward", _refuse_backward)
 
 
 def blend(cached: Tensor, fresh: Tensor, weight: Tensor, *, backend: str = "auto") -> Tensor:
@@ -67,13 +73,13 @@ def blend(cached: Tensor, fresh: Tensor, weight: Tensor, *, backend: str = "auto
     pass reads the three tensors once: the gradient of ``fresh`` is ``weight * grad``, that of
     ``cached`` ``(1 - weight) * grad`` (only written where it is asked for), that of ``weight``
     ``sum_d (fresh - cached) * grad``, summed over the tokens that share a weight. Sums have a fixed
-    order: the same inputs give the same bits. There is no second derivative, save on the reference.
+    order: the same inputs give the same bits. Only the reference has a second derivative.
 
     Args:
         cached: (B, N, D), float16, bfloat16, float32 or float64; stride 1 along D.
         fresh: (B, N, D), dtype and device of ``cached``; stride 1 along D.
         weight: () for all tokens alike, (N,) for each position, or (B, N) for each token; float32
-            or the dtype of ``cached``. It may lie outside [0, 1].
+            or the dtype of ``cached``; any strides. It may lie outside [0, 1].
         backend: see ``gather_rows``.
 
     Returns:
@@ -96,6 +102,8 @@ def blend(cached: Tensor, fresh: Tensor, weight: Tensor, *, backend: str = "auto
         fail("blend", "weight", "be a tensor of shape (), (N,) or (B, N)", got)
     shape, letters = (((), "()"), ((N,), "(N)"), ((B, N), "(B, N)"))[weight.dim()]
     dtypes = tuple(dict.fromkeys((torch.float32, cached.dtype)))
+    # small beside the features: a transposed or expanded one is copied
+    weight = weight.contiguous()
     expect("blend", "weight", weight, shape, letters, like=cached, dtypes=dtypes)
     # 1 - weight, and the sum of many tokens' gradients, have too few digits in low precision
     weights = weight.to(torch.promote_types(cached.dtype, torch.float32)).expand(B, N)
