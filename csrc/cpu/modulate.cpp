@@ -1,37 +1,13 @@
 // Compiled once for every instruction set; TOKENCACHE_ISA names this one.
-#include <new>
-
 #include "cpu/blend.h"
 #include "cpu/number.h"
 #include "cpu/project.h"
+#include "cpu/scratch.h"
 #include "cpu/statistics.h"
 #include "cpu/vector.h"
 
 namespace tokencache::TOKENCACHE_ISA {
 namespace {
-
-// One row each of what is summed, of what is added, and of a factor.
-template <class W>
-class Scratch {
- public:
-  explicit Scratch(int64_t width)
-      : width_(width), rows_(static_cast<W*>(::operator new(3 * width * sizeof(W)))) {}
-  ~Scratch() { ::operator delete(rows_); }
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-  W* sum() { return rows_; }
-  W* term() { return rows_ + width_; }
-  W* factor() { return rows_ + 2 * width_; }
-
- private:
-  int64_t width_;
-  W* rows_;
-};
-
-template <class T>
-const T* row_of(const void* base, int64_t offset) {
-  return static_cast<const T*>(base) + offset;
-}
 
 // out = x + [gate *] branch; out may be x.
 template <class W>
@@ -48,19 +24,19 @@ void add_row(W* out, const W* x, const W* branch, const W* gate, int64_t n) {
 template <class T>
 void add_branches(const AddBranchesParams& p, int64_t begin, int64_t end) {
   using W = Work<T>;
-  Scratch<W> scratch(p.D);
+  Rows<W> scratch(3, p.D);  // a sum, what is added to it, a factor
   for (int64_t row = begin; row < end; ++row) {
     const int64_t b = row / p.N, n = row % p.N;
     T* out = static_cast<T*>(p.out) + b * p.stride_out_b + n * p.stride_out_n;
-    W* sum = place_row(out, scratch.sum());
+    W* sum = place_row(out, scratch[0]);
     const T* x = row_of<T>(p.x, b * p.stride_x_b + n * p.stride_x_n);
-    const W* so_far = read_row(x, scratch.sum(), p.D);
+    const W* so_far = read_row(x, scratch[0], p.D);
     for (int64_t j = 0; j < p.num_branches; ++j) {
       const BranchParams& one = p.branches[j];
       const T* branch = row_of<T>(one.branch, b * one.stride_branch_b + n * one.stride_branch_n);
       const T* gate = row_of<T>(one.gate, b * one.stride_gate_b);
-      const W* factor = one.gate ? read_row(gate, scratch.factor(), p.D) : nullptr;
-      add_row(sum, so_far, read_row(branch, scratch.term(), p.D), factor, p.D);
+      const W* factor = one.gate ? read_row(gate, scratch[2], p.D) : nullptr;
+      add_row(sum, so_far, read_row(branch, scratch[1], p.D), factor, p.D);
       so_far = sum;
     }
     if (so_far != sum) std::memmove(sum, so_far, p.D * sizeof(W));
@@ -71,7 +47,7 @@ void add_branches(const AddBranchesParams& p, int64_t begin, int64_t end) {
 template <class T>
 void gather_modulate(const ModulateParams& p, int64_t begin, int64_t end) {
   using W = Work<T>;
-  Scratch<W> scratch(p.D);
+  Rows<W> scratch(3, p.D);  // a sum, what is added to it, a factor
   for (int64_t row = begin; row < end; ++row) {
     const int64_t b = row / p.S;
     T* packed = static_cast<T*>(p.packed) + row * p.D;
@@ -80,11 +56,10 @@ void gather_modulate(const ModulateParams& p, int64_t begin, int64_t end) {
       std::memset(packed, 0, p.D * sizeof(T));
       continue;
     }
-    const W* x =
-        read_row(row_of<T>(p.x, b * p.stride_x_b + token * p.stride_x_n), scratch.sum(), p.D);
-    const W* shift = read_row(row_of<T>(p.shift, b * p.stride_shift_b), scratch.term(), p.D);
-    const W* scale = read_row(row_of<T>(p.scale, b * p.stride_scale_b), scratch.factor(), p.D);
-    W* out = place_row(packed, scratch.sum());
+    const W* x = read_row(row_of<T>(p.x, b * p.stride_x_b + token * p.stride_x_n), scratch[0], p.D);
+    const W* shift = read_row(row_of<T>(p.shift, b * p.stride_shift_b), scratch[1], p.D);
+    const W* scale = read_row(row_of<T>(p.scale, b * p.stride_scale_b), scratch[2], p.D);
+    W* out = place_row(packed, scratch[0]);
 
     W total = 0;
 #pragma omp simd reduction(+ : total)

@@ -89,6 +89,11 @@ inline void round_row(const float* x, Float16* out, int64_t n) {
   }
 }
 
+template <class T>
+const T* row_of(const void* base, int64_t offset) {
+  return static_cast<const T*>(base) + offset;
+}
+
 // The row in the type that is worked in: itself where it has that type, else written to scratch.
 inline const double* read_row(const double* x, double*, int64_t) { return x; }
 inline const float* read_row(const float* x, float*, int64_t) { return x; }

@@ -11,8 +11,9 @@ class Rows {
  public:
   Rows(int64_t count, int64_t width)
       : stride_((width * sizeof(W) + kLine - 1) / kLine * kLine / sizeof(W)),
-        rows_(static_cast<W*>(
-            ::operator new(count * stride_ * sizeof(W), std::align_val_t{kLine}))) {}
+        rows_(
+            static_cast<W*>(::operator new(count * stride_ * sizeof(W), std::align_val_t{kLine}))) {
+  }
   ~Rows() { ::operator delete(rows_, std::align_val_t{kLine}); }
   Rows(const Rows&) = delete;
   Rows& operator=(const Rows&) = delete;

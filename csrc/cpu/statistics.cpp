@@ -22,11 +22,6 @@ template <class W>
 constexpr int64_t kSummands = 16 * kLanes<W>;
 constexpr int64_t kDepth = 96;
 
-template <class T>
-const T* row_of(const void* base, int64_t offset) {
-  return static_cast<const T*>(base) + offset;
-}
-
 int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
 int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }

@@ -99,12 +99,20 @@ def test_of_a_repeated_token_one_whole_row_stays(four_threads):
 def test_the_schemas_tell_what_is_written():
     cache, rows = randn(2, 9, 8), randn(2, 4, 8)
     indices = random_indices(2, 9, 4)
+    heads, table = randn(2, 4, 2, 4), randn(9, 4)
     ops = torch.ops.tokencache_kernels_native
+    calls = {
+        ops.gather_rows: (cache, indices),
+        ops.scatter_rows_: (cache, indices, rows),
+        ops.finish_heads_: (heads, indices, 9, None, None, False, 0.0, table, table),
+        ops.attention_received: (heads, heads, None, 0.5, randn(2, 2, 4)),
+        ops.attention_entropy: (heads, heads, None, 0.5, randn(2, 4)),
+        ops.head_norms: (heads, randn(2, 4)),
+        ops.token_change: (rows, rows.clone(), True, randn(2, 4)),
+    }
 
-    torch.library.opcheck(ops.gather_rows.default, (cache, indices), test_utils="test_schema")
-    torch.library.opcheck(
-        ops.scatter_rows_.default, (cache, indices, rows), test_utils="test_schema"
-    )
+    for op, arguments in calls.items():
+        torch.library.opcheck(op.default, arguments, test_utils="test_schema")
 
 
 B, N, S, D, H, E = 2, 230, 101, 321, 3, 26  # enough for several threads
