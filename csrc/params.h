@@ -138,9 +138,9 @@ struct AttentionMapParams {
 struct AttentionParams {
   AttentionMapParams map;
 
-  const void* value;           // [B, N, H, E], unit stride along E, or null for the LSE alone
+  const void* value;           // [B, N, H, E], unit stride along E
   const int32_t* key_lengths;  // [B], or null for N everywhere
-  void* out;                   // [B, S, H, E], contiguous; not looked at without a value
+  void* out;                   // [B, S, H, E], contiguous, or null for the LSE alone
   float* lse;                  // [B, H, S], contiguous
 
   int64_t stride_value_b, stride_value_n, stride_value_h;

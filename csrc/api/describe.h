@@ -38,6 +38,27 @@ inline Type type_of(const torch::stable::Tensor& tensor) {
   }
 }
 
+inline AttentionMapParams describe_map(const torch::stable::Tensor& query,
+                                       const torch::stable::Tensor& key, double softmax_scale) {
+  return {
+      .B = query.size(0),
+      .S = query.size(1),
+      .N = key.size(1),
+      .H = query.size(2),
+      .E = query.size(3),
+      .type = type_of(query),
+      .softmax_scale = softmax_scale,
+      .query = query.const_data_ptr(),
+      .key = key.const_data_ptr(),
+      .stride_query_b = query.stride(0),
+      .stride_query_s = query.stride(1),
+      .stride_query_h = query.stride(2),
+      .stride_key_b = key.stride(0),
+      .stride_key_n = key.stride(1),
+      .stride_key_h = key.stride(2),
+  };
+}
+
 #ifdef TOKENCACHE_CUDA
 
 // The stream that torch launches on, on the device of the tensor.

@@ -2,6 +2,7 @@
 
 import torch
 
+from .attention import attention
 from .blend import blend, blend_backward
 from .library import (
     build_info,
@@ -20,6 +21,7 @@ from .statistics import attention_entropy, attention_received, head_norms, token
 
 __all__ = [
     "add_branches",
+    "attention",
     "attention_entropy",
     "attention_received",
     "blend",
