@@ -182,12 +182,11 @@ typedef struct tokencache_select_tokens_args {
   int64_t tile;                    /* at least 1 where there is a grid */
   float bonus;
 
-  const float* scores; /* [L, B, N], contiguous */
-  const int32_t*
-      num_fresh;      /* [P, L], contiguous, each clamped to [0, max_fresh]; NULL: max_fresh */
-  int32_t* staleness; /* [L, B, N], updated */
-  int32_t* indices;   /* [P, L, B, max_fresh], contiguous: ascending, filled up with -1 */
-  int32_t* positions; /* [P, L, B, N], contiguous: the slot of each token, or -1 */
+  const float* scores;      /* [L, B, N], contiguous */
+  const int32_t* num_fresh; /* [P, L], contiguous, clamped to [0, max_fresh]; NULL: max_fresh */
+  int32_t* staleness;       /* [L, B, N], updated */
+  int32_t* indices;         /* [P, L, B, max_fresh], contiguous: ascending, filled up with -1 */
+  int32_t* positions;       /* [P, L, B, N], contiguous: the slot of each token, or -1 */
 
   int64_t stride_staleness_l, stride_staleness_b;
 } tokencache_select_tokens_args;
