@@ -194,11 +194,26 @@ def in_half(logits, rows):
     return logits.half()
 
 
+def transposed(logits, rows):
+    return logits.t().contiguous().t()
+
+
+def beside_a_list_of_itself(logits, rows):
+    content = [logits]
+    content.append(content)
+    return content
+
+
+def beside_what_is_not_stored(logits, rows):
+    return {"a": logits, "b": logits.to_sparse(), "c": logits.to("meta")}
+
+
 @pytest.mark.parametrize(
     "layout",
     [
         as_list, as_parameters, as_columns, out_of_order, only_the_used, only_the_used_as_table,
-        beside_an_optimizer, in_half,
+        beside_an_optimizer, in_half, transposed, beside_a_list_of_itself,
+        beside_what_is_not_stored,
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("counts_down", [True, False])
@@ -208,8 +223,10 @@ def test_routers_are_found_in_any_layout(tmp_path, layout, counts_down):
     wanted = LearningToCacheConfig(logits, 0.3, counts_down)
     torch.save(layout(logits, wanted.cached_counters), tmp_path / "a.pt")
 
-    config = import_router(tmp_path / "a.pt", preset)
+    config = import_router(str(tmp_path / "a.pt"), preset)
+    save_router(config, tmp_path / "a.safetensors")
 
+    assert load_router(tmp_path / "a.safetensors") == config
     for counter in wanted.cached_counters:
         assert config.mask[counter] == wanted.mask[counter]
 
@@ -227,7 +244,7 @@ class Bomb:
 def test_code_in_a_checkpoint_is_not_executed(tmp_path):
     torch.save({"router": Bomb(tmp_path / "boom")}, tmp_path / "a.pt")
 
-    with pytest.raises(ValueError, match="path must be a whole checkpoint of tensors"):
+    with pytest.raises(ValueError, match=r"a whole checkpoint of tensors, got .*something else\)$"):
         import_router(tmp_path / "a.pt", "dit-xl-ddim50")
 
     assert not (tmp_path / "boom").exists()

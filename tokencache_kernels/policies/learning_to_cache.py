@@ -6,8 +6,9 @@ The papers leave some things open; ``docs/adr/0022-learning-to-cache.md`` says w
 import argparse
 import hashlib
 import json
+import pickle
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -64,7 +65,7 @@ class LearningToCacheConfig:
             fail(name, "logits", "be finite", "some that are not")
         if not 0 < self.threshold < 1:
             fail(name, "threshold", "be in (0, 1)", self.threshold)
-        own = logits.detach().to("cpu", torch.float32, copy=True)
+        own = logits.detach().to("cpu", torch.float32, copy=True).contiguous()
         object.__setattr__(self, "logits", own)
         digest = hashlib.sha256(own.numpy().tobytes()).hexdigest()
         object.__setattr__(self, "fingerprint", digest[:12])
@@ -230,7 +231,7 @@ ROUTER_PRESETS = {
 }
 
 
-def import_router(path: Path, preset: str | RouterPreset) -> LearningToCacheConfig:
+def import_router(path: str | Path, preset: str | RouterPreset) -> LearningToCacheConfig:
     """Read a router from a checkpoint of PyTorch's, such as the published ones.
 
     The logits may be one tensor (T, 2L), or one of 2L elements for each step, in a list or a
@@ -246,6 +247,7 @@ def import_router(path: Path, preset: str | RouterPreset) -> LearningToCacheConf
         ValueError: the file is truncated or foreign, or holds no router of this size.
         FileNotFoundError: there is no such file.
     """
+    path = Path(path)
     if isinstance(preset, str):
         if preset not in ROUTER_PRESETS:
             known = ", ".join(ROUTER_PRESETS)
@@ -260,7 +262,10 @@ def import_router(path: Path, preset: str | RouterPreset) -> LearningToCacheConf
             content = torch.load(path, map_location="cpu", weights_only=True)
     # what is no checkpoint makes torch.load raise anything
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if isinstance(error, pickle.UnpicklingError):
+            # PyTorch would advise to execute what is there
+            reason = "it holds something else"
         raise ValueError(
             f"import_router: path must be a whole checkpoint of tensors, got {path} ({reason})"
         ) from error
@@ -275,7 +280,8 @@ def _find_logits(path: Path, content: object, preset: RouterPreset) -> Tensor:
     # tensors whose names differ in numbers alone belong together, in the order of these
     families: dict[str, list[tuple[list[int], Tensor]]] = {}
     for name, tensor in _list_tensors(content):
-        if tensor.is_floating_point() and not name.startswith("opt"):
+        is_stored = tensor.layout is torch.strided and not tensor.is_meta
+        if is_stored and tensor.is_floating_point() and not name.startswith("opt"):
             numbers = [int(number) for number in re.findall(r"\d+", name)]
             families.setdefault(re.sub(r"\d+", "#", name), []).append((numbers, tensor.float()))
     tables, sizes = [], []
@@ -299,14 +305,15 @@ def _find_logits(path: Path, content: object, preset: RouterPreset) -> Tensor:
     return tables[0]
 
 
-def _list_tensors(content: object, name: str = "") -> Iterator[tuple[str, Tensor]]:
+def _list_tensors(content: object) -> Iterator[tuple[str, Tensor]]:
     """Every tensor in nested dictionaries and lists, by its keys joined with dots."""
-    items: Sequence[tuple[Any, Any]] = ()
-    if isinstance(content, Tensor):
-        yield name, content
-    elif isinstance(content, Mapping):
-        items = list(content.items())
-    elif isinstance(content, (list, tuple)):
-        items = list(enumerate(content))
-    for key, value in items:
-        yield from _list_tensors(value, f"{name}.{key}" if name else str(key))
+    found: list[tuple[str, Any]] = [("", content)]
+    seen: set[int] = set()
+    # grows on the way; a list may hold itself, or one other many times
+    for name, value in found:
+        if isinstance(value, Tensor):
+            yield name, value
+        elif isinstance(value, (Mapping, list, tuple)) and id(value) not in seen:
+            seen.add(id(value))
+            items = value.items() if isinstance(value, Mapping) else enumerate(value)
+            found += ((f"{name}.{key}" if name else str(key), item) for key, item in items)
