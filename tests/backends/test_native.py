@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tokencache_kernels import backends, settings
+from tokencache_kernels import backends, info, settings
 from tokencache_kernels.backends import native, reference
 from tokencache_kernels.backends.native import library
 from tokencache_kernels.errors import BackendUnavailableError
@@ -241,9 +241,11 @@ def test_the_exponential_is_within_two_roundings(instructions, dtype, lowest, hi
 def test_the_instructions_are_those_asked_for(monkeypatch, keeps_instructions):
     monkeypatch.setenv("TOKENCACHE_CPU_INSTRUCTIONS", "portable")
 
-    assert library.load_library.__wrapped__() is None
+    reason = library.load_library.__wrapped__()
 
+    assert reason is None
     assert native.cpu_instructions() == "portable"
+    assert info.describe_native_library()["instructions"] == "portable"
 
 
 @needs_library
