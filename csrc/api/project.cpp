@@ -6,7 +6,12 @@
 #include <optional>
 
 #include "api/describe.h"
+
+#ifdef TOKENCACHE_CUDA
+#include "cuda/project.h"
+#else
 #include "cpu/vector.h"
+#endif
 
 // The inputs were checked by tokencache_kernels.ops; nothing below it checks again.
 namespace tokencache {
@@ -38,21 +43,27 @@ void finish_heads_(Tensor rows, std::optional<Tensor> indices, int64_t num_token
       .stride_table_b = cosine && cosine->dim() == 3 ? cosine->stride(0) : 0,
       .stride_table_t = cosine ? cosine->stride(cosine->dim() - 2) : 0,
   };
+#ifdef TOKENCACHE_CUDA
+  check_launch("finish_heads_", finish_heads_cuda(params, stream_of(rows)));
+#else
   const int64_t bytes_per_row = 4 * params.H * params.E * static_cast<int64_t>(rows.element_size());
   torch::stable::parallel_for(
       0, params.B * params.S, rows_per_thread(bytes_per_row),
       [&](int64_t begin, int64_t end) { vector_loops().finish_heads(params, begin, end); });
+#endif
 }
 
 }  // namespace
 }  // namespace tokencache
 
+#ifndef TOKENCACHE_CUDA
 STABLE_TORCH_LIBRARY_FRAGMENT(tokencache_kernels_native, m) {
   m.def(
       "finish_heads_(Tensor(a!) rows, Tensor? indices, int num_tokens, Tensor? weight,"
       " Tensor? bias, bool is_layer_norm, float eps, Tensor? cosine, Tensor? sine) -> ()");
 }
+#endif
 
-STABLE_TORCH_LIBRARY_IMPL(tokencache_kernels_native, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(tokencache_kernels_native, TOKENCACHE_KEY, m) {
   m.impl("finish_heads_", TORCH_BOX(&tokencache::finish_heads_));
 }

@@ -1,6 +1,7 @@
 #include "cuda/blend.h"
 #include "cuda/launch.h"
 #include "cuda/number.cuh"
+#include "cuda/warp.cuh"
 
 // A warp owns a row: what is summed over it has one order, and no atomics.
 namespace tokencache {
@@ -65,9 +66,7 @@ __global__ void __launch_bounds__(32 * kWarps) blend_backward_kernel(BlendBackwa
       of_cached.store(static_cast<T*>(p.grad_cached) + row * f.D + d);
     }
   }
-  for (int offset = 16; offset > 0; offset /= 2) {
-    total += __shfl_xor_sync(0xFFFFFFFF, total, offset);
-  }
+  total = sum_of_warp(total);
   if (threadIdx.x % 32 == 0) static_cast<float*>(p.grad_weight)[row] = total;
 }
 

@@ -5,6 +5,7 @@
 #include "cuda/launch.h"
 #include "cuda/number.cuh"
 #include "cuda/tensor_core.cuh"
+#include "cuda/warp.cuh"
 
 // What attention and its statistics share: products of the rows of one head with each other, 64 by
 // 64 at a time. A block's four warps make 16 rows of them each.
@@ -139,21 +140,6 @@ __device__ float dot(const T* a, const T* b, int64_t E) {
     }
   }
   return (sums[0] + sums[1]) + (sums[2] + sums[3]);
-}
-
-// Of a whole warp; every lane gets it.
-__device__ inline float sum_of_warp(float value) {
-  for (int offset = 16; offset > 0; offset /= 2) {
-    value += __shfl_xor_sync(0xFFFFFFFF, value, offset);
-  }
-  return value;
-}
-
-__device__ inline float max_of_warp(float value) {
-  for (int offset = 16; offset > 0; offset /= 2) {
-    value = fmaxf(value, __shfl_xor_sync(0xFFFFFFFF, value, offset));
-  }
-  return value;
 }
 
 }  // namespace tokencache

@@ -1,6 +1,7 @@
 #include "cuda/launch.h"
 #include "cuda/modulate.h"
 #include "cuda/number.cuh"
+#include "cuda/warp.cuh"
 
 // A block holds one row in shared memory, as float32: it is read and written once.
 namespace tokencache {
@@ -18,9 +19,7 @@ struct Branches {
 
 __device__ float sum_block(float value) {
   __shared__ float of_warp[kThreads / 32];
-  for (int offset = 16; offset > 0; offset /= 2) {
-    value += __shfl_xor_sync(0xFFFFFFFF, value, offset);
-  }
+  value = sum_of_warp(value);
   __syncthreads();  // the sums of the call before were read
   if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = value;
   __syncthreads();
