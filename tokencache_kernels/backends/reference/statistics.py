@@ -1,7 +1,7 @@
 """What says which tokens matter, in float32 at least, whatever the inputs are.
 
-An attention map is made for some of the queries at a time, so that scratch grows with the number of
-tokens and not with its square.
+An attention map is made for some queries and heads at a time, so that scratch grows with the number
+of tokens and not with its square.
 """
 
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 # of one sample's map at a time: 1 MiB, which stays in a CPU's cache, but at least so many queries
-# that the keys are worth reading
+# of a head that its keys are worth reading
 _BLOCK_ELEMENTS = 1 << 18
 _MIN_BLOCK_QUERIES = 32
 
@@ -26,12 +26,14 @@ def attention_received(
     B, S, H, _ = query.shape
     out = query.new_zeros(B, H, key.shape[1], dtype=_wide(query))
     for sample in range(B):
-        for queries, logits in _logit_blocks(query[sample], key[sample], softmax_scale):
-            if lse is None:
-                weights = logits.softmax(dim=-1)
-            else:
-                weights = torch.exp(logits - lse[sample, :, queries, None])
-            out[sample] += weights.sum(dim=1)
+        for queries in _query_blocks(S, key.shape[1]):
+            blocks = _logit_blocks(query[sample, queries], key[sample], softmax_scale)
+            for heads, logits in blocks:
+                if lse is None:
+                    weights = logits.softmax(dim=-1)
+                else:
+                    weights = torch.exp(logits - lse[sample, heads, queries, None])
+                out[sample, heads] += weights.sum(dim=1)
     return out / max(S, 1)
 
 
@@ -43,16 +45,20 @@ def attention_entropy(
     query (B, S, H, E), key (B, N, H, E), key_lengths (B,) int32 or None. Zeros where there is no
     key.
     """
-    B, S, _, _ = query.shape
+    B, S, H, _ = query.shape
     out = query.new_zeros(B, S, dtype=_wide(query))
     is_beyond = torch.zeros(B, key.shape[1], dtype=torch.bool, device=key.device)
     if key_lengths is not None:
         is_beyond = torch.arange(key.shape[1], device=key.device) >= key_lengths[:, None]
     for sample in range(B):
-        for queries, logits in _logit_blocks(query[sample], key[sample], softmax_scale):
-            weights = logits.masked_fill(is_beyond[sample], -torch.inf).softmax(dim=-1).mean(dim=0)
+        for queries in _query_blocks(S, key.shape[1]):
+            blocks = _logit_blocks(query[sample, queries], key[sample], softmax_scale)
+            weights = out.new_zeros(())
+            for _, logits in blocks:
+                logits = logits.masked_fill(is_beyond[sample], -torch.inf)
+                weights = weights + logits.softmax(dim=-1).sum(dim=0)
             # also where no key is left, whose softmax is NaN
-            weights = weights.masked_fill(is_beyond[sample], 0)
+            weights = (weights / H).masked_fill(is_beyond[sample], 0)
             out[sample, queries] = torch.special.entr(weights).sum(dim=-1)
     return out
 
@@ -70,17 +76,22 @@ def token_change(new: Tensor, old: Tensor, metric: str) -> Tensor:
     return (new - old).abs().sum(-1) / old.abs().sum(-1).clamp_min(1e-12)
 
 
+def _query_blocks(num_queries: int, num_keys: int) -> Iterator[slice]:
+    block = max(_BLOCK_ELEMENTS // max(num_keys, 1), _MIN_BLOCK_QUERIES)
+    for start in range(0, num_queries, block):
+        yield slice(start, min(start + block, num_queries))
+
+
 def _logit_blocks(
     query: Tensor, key: Tensor, softmax_scale: float
 ) -> Iterator[tuple[slice, Tensor]]:
-    """The scaled scores (H, some queries, N) of one sample, and which queries they are of."""
+    """Some heads at a time, and their scaled scores (heads, queries, keys) in one sample."""
     S, H, _ = query.shape
-    block = max(_BLOCK_ELEMENTS // max(H * key.shape[0], 1), _MIN_BLOCK_QUERIES)
-    columns = key.to(_wide(key)).permute(1, 2, 0)
-    for start in range(0, S, block):
-        queries = slice(start, min(start + block, S))
-        rows = query[queries].to(columns.dtype).transpose(0, 1)
-        yield queries, rows @ columns * softmax_scale
+    block = max(_BLOCK_ELEMENTS // max(S * key.shape[0], 1), 1)
+    for start in range(0, H, block):
+        heads = slice(start, min(start + block, H))
+        rows = query[:, heads].to(_wide(query)).transpose(0, 1)
+        yield heads, rows @ key[:, heads].to(_wide(key)).permute(1, 2, 0) * softmax_scale
 
 
 def _wide(x: Tensor) -> torch.dtype:
