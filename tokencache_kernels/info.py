@@ -118,7 +118,8 @@ def describe_native_library() -> dict[str, str]:
     facts = native.build_info() or {}
     state = f"not usable: {reason}" if reason else "loaded"
     in_use = {} if reason else {"instructions": native.cpu_instructions()}
-    return {"path": str(native.library_path()), "state": state, **in_use, **facts}
+    kernels = {"CUDA kernels": native.summarise_resources()}
+    return {"path": str(native.library_path()), "state": state, **in_use, **kernels, **facts}
 
 
 def environment() -> dict[str, str]:

@@ -294,7 +294,11 @@ def test_the_cuda_half_loads_without_a_gpu_and_adds_its_kernels():
     if reason is not None:
         pytest.skip(reason)
 
-    for name in ("gather_rows", "scatter_rows_", "blend", "blend_backward"):
+    for name in (
+        "gather_rows", "scatter_rows_", "add_branches", "gather_modulate", "row_pass", "blend",
+        "blend_backward", "linear", "linear_scatter_", "finish_heads_", "attention",
+        "attention_received", "attention_entropy", "head_norms", "token_change",
+    ):  # fmt: skip
         op = f"tokencache_kernels_native::{name}"
         assert torch._C._dispatch_has_kernel_for_dispatch_key(op, "CUDA")
 

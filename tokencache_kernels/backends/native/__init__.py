@@ -15,6 +15,7 @@ from .linear import linear, linear_scatter_
 from .mlp import mlp_
 from .modulate import add_branches, gather_modulate, row_pass
 from .project import project_qkv_
+from .resources import read_resources, summarise_resources
 from .rows import gather_rows, scatter_rows_
 from .select import invert_indices, select_tokens_
 from .statistics import attention_entropy, attention_received, head_norms, token_change
@@ -37,9 +38,11 @@ __all__ = [
     "linear_scatter_",
     "mlp_",
     "project_qkv_",
+    "read_resources",
     "row_pass",
     "scatter_rows_",
     "select_tokens_",
+    "summarise_resources",
     "token_change",
     "unavailable",
 ]

@@ -39,7 +39,7 @@ def load_library() -> str | None:
 @functools.cache
 def load_cuda_library() -> str | None:
     """Load the CUDA half, which adds its kernels to the library's ops; see ``load_library``."""
-    path = library_path().with_name("libtokencache_kernels_cuda.so")
+    path = cuda_library_path()
     if not path.is_file():
         return "its CUDA half was not built (there was no CUDA toolkit at build time)"
     try:
@@ -53,6 +53,11 @@ def library_path() -> Path:
     """Where the library is: ``TOKENCACHE_NATIVE_LIBRARY``, or where the build installs it."""
     override = settings.native_library_path()
     return Path(override) if override else _PACKAGE / "libtokencache_kernels.so"
+
+
+def cuda_library_path() -> Path:
+    """Where the CUDA half is: beside the library."""
+    return library_path().with_name("libtokencache_kernels_cuda.so")
 
 
 def cpu_instructions() -> str:

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+from ..native.resources import read_resources
 from ._launch import CompileCase, Device, describe_setting, modules_with
 
 KIB = 1024
@@ -306,10 +307,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--check", action="store_true", help="print failures only, and exit with 1 if there are any"
     )
+    parser.add_argument(
+        "--native",
+        action="store_true",
+        help="instead read the CUDA half of the native library, as it was built, for all its GPUs",
+    )
 
 
 def run(options: argparse.Namespace) -> int:
     """Print the table (or, with ``--check``, the failures) and one line of summary."""
+    if options.native:
+        return _report_native(options.kernel, options.check)
     start = time.monotonic()
     archs = list(ARCHITECTURES) if options.arch == "all" else [options.arch]
     jobs = find_jobs(None, archs, options.kernel)
@@ -335,6 +343,19 @@ def run(options: argparse.Namespace) -> int:
 
 
 _COUNTS = ("regs", "spills", "shared", "tmem", "tensor", "async")
+
+
+def _report_native(kernel: str | None, check: bool) -> int:
+    kernels = [one for one in read_resources() if kernel is None or kernel in one.kernel]
+    failures = 0
+    for one in kernels:
+        failures += one.failure is not None
+        if one.failure is not None or not check:
+            where = f"{one.arch:8}{one.kernel} ({one.variant})"
+            counts = f"{one.registers} registers, {one.shared} bytes shared"
+            print(f"{where}: {one.failure or counts}")
+    print(f"native library: {len(kernels)} kernels, {failures} failures")
+    return 1 if check and failures else 0
 
 
 def _labels(job: Job) -> tuple[str, ...]:
