@@ -47,7 +47,8 @@ void add_branches(const Args& a, Type type) {
         .gate = one.gate,
         .stride_branch_b = one.stride_branch_b,
         .stride_branch_n = one.stride_branch_n,
-        .stride_gate_b = one.stride_gate_b,
+        // without a gate it is any number
+        .stride_gate_b = one.gate == nullptr ? 0 : one.stride_gate_b,
     });
   }
   const AddBranchesParams params{
