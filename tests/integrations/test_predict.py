@@ -76,8 +76,11 @@ def test_a_narrow_predictor_keeps_the_width_of_the_heads():
 
     assert predictor.num_heads == 1
     assert scores_of(predictor).shape == (3, 2, 16)
-    with pytest.raises(ValueError, match="width must be a multiple of 8, got 12"):
-        make_content_predictor(tiny_dit(), STEPS, width=12)
+    for wrong in (12, 0):
+        with pytest.raises(
+            ValueError, match=f"width must be a positive multiple of 8, got {wrong}"
+        ):
+            make_content_predictor(tiny_dit(), STEPS, width=wrong)
 
 
 @pytest.mark.parametrize("make", [make_table_predictor, make_content_predictor])

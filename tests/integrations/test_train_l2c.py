@@ -5,7 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import DDIMScheduler
+from diffusers import (
+    DDIMScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+)
 
 from tokencache_kernels.errors import DivergedError, UnsupportedInputError
 from tokencache_kernels.integrations.diffusers import apply_token_cache, token_cache_context
@@ -175,9 +179,17 @@ def test_a_model_that_gives_nan_stops_the_training(tmp_path):
             {"scheduler": make_scheduler(prediction_type="v_prediction")},
             "scheduler must have prediction_type 'epsilon', got 'v_prediction'",
         ),
+        (
+            {"scheduler": EulerDiscreteScheduler()},
+            "scheduler must have alphas_cumprod and whole timesteps, as DDIM has, got EulerDisc",
+        ),
+        (
+            {"scheduler": FlowMatchEulerDiscreteScheduler()},
+            "scheduler must have alphas_cumprod and whole timesteps, as DDIM has, got FlowMatch",
+        ),
         ({"sparsity": -1.0}, "sparsity must be at least 0, got -1.0"),
     ],
-    ids=["steps", "prediction", "sparsity"],
+    ids=["steps", "prediction", "float-timesteps", "flow", "sparsity"],
 )
 def test_what_cannot_be_trained_is_refused(tmp_path, options, sentence):
     with pytest.raises(ValueError, match=f"train_router: {sentence}"):

@@ -225,6 +225,21 @@ def test_a_loss_that_is_not_finite_stops_with_the_last_good_checkpoint(tmp_path,
     assert steps_done(path) == 12
 
 
+def test_parameters_that_are_not_finite_are_not_saved(tmp_path):
+    path = tmp_path / "a.safetensors"
+    module = make_module()
+
+    def after_step(step):
+        if step == 11:
+            nn.init.constant_(module.bias, torch.inf)
+
+    with pytest.raises(DivergedError, match="parameters must be finite, .* in step 12; ") as raised:
+        train(path, module=module, after_step=after_step)
+
+    assert str(raised.value).endswith(f"the last good checkpoint is {path}, of step 6")
+    assert steps_done(path) == 6
+
+
 def test_a_loss_that_is_never_finite_leaves_no_checkpoint(tmp_path):
     module = make_module()
 
@@ -280,7 +295,7 @@ def test_a_checkpoint_that_is_none_is_refused_and_left_alone(tmp_path, spoil, se
     ("change", "sentence"),
     [
         ({"facts": {"task": "circles"}}, "of a run with task circles, got .* with lines"),
-        ({"facts": {"task": "lines", "size": "3"}}, "of a run with size 3, got .* with None"),
+        ({"facts": {"task": "lines", "size": "3"}}, "of a run with size 3, got .* without size"),
         ({"settings": replace(SETTINGS, seed=1)}, "of a run with seed 1, got .* with 0"),
         ({"settings": replace(SETTINGS, learning_rate=1.0)}, "learning_rate 1.0, got .* with 0.05"),
         ({"settings": replace(SETTINGS, num_steps=19)}, "num_steps must be at least 20, as in"),
@@ -303,8 +318,9 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path, change, sentence):
     [
         ({"num_steps": 0}, "num_steps must be at least 1, got 0"),
         ({"save_every": 0}, "save_every must be at least 1, got 0"),
-        ({"learning_rate": 0.0}, "learning_rate must be positive, got 0.0"),
-        ({"learning_rate": float("nan")}, "learning_rate must be positive, got nan"),
+        ({"learning_rate": 0.0}, "learning_rate must be positive and finite, got 0.0"),
+        ({"learning_rate": float("nan")}, "learning_rate must be positive and finite, got nan"),
+        ({"learning_rate": float("inf")}, "learning_rate must be positive and finite, got inf"),
         ({"max_grad_norm": -1.0}, "max_grad_norm must be positive, got -1.0"),
         ({"weight_decay": -0.1}, "weight_decay must be at least 0, got -0.1"),
     ],

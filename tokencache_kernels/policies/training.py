@@ -41,9 +41,10 @@ class TrainingSettings:
         for field in ("num_steps", "save_every"):
             if getattr(self, field) < 1:
                 fail(name, field, "be at least 1", getattr(self, field))
-        for field in ("learning_rate", "max_grad_norm"):
-            if not getattr(self, field) > 0:
-                fail(name, field, "be positive", getattr(self, field))
+        if not 0 < self.learning_rate < math.inf:
+            fail(name, "learning_rate", "be positive and finite", self.learning_rate)
+        if not self.max_grad_norm > 0:
+            fail(name, "max_grad_norm", "be positive", self.max_grad_norm)
         if not self.weight_decay >= 0:
             fail(name, "weight_decay", "be at least 0", self.weight_decay)
 
@@ -82,7 +83,8 @@ def train_module(
 
     Raises:
         ValueError: the checkpoint is truncated, foreign, or of another run; it stays as it is.
-        DivergedError: the loss or a gradient is not finite; the checkpoint is the last good one.
+        DivergedError: the loss, a gradient or a parameter is not finite; the checkpoint is the last
+            good one.
     """
     from tqdm import tqdm
 
@@ -112,11 +114,8 @@ def train_module(
             loss.backward()
             norm = nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
             if not torch.stack((loss.detach(), norm)).isfinite().all():
-                good = f"{checkpoint}, of step {int(history[-1]['step'])}" if history else "none"
-                raise DivergedError(
-                    f"train_module: the loss and its gradient must be finite, got {loss.item()} "
-                    f"and {norm.item()} in step {step + 1}; the last good checkpoint is {good}"
-                )
+                got = f"{loss.item()} and {norm.item()}"
+                raise _diverged("the loss and its gradient", got, step, checkpoint, history)
             optimizer.step()
             after_step(step)
             recent.append({"loss": loss.item(), **figures})
@@ -124,12 +123,25 @@ def train_module(
             progress.set_postfix(shown, refresh=False)
             progress.update()
             if (step + 1) % settings.save_every == 0 or step + 1 == settings.num_steps:
+                if not all(value.isfinite().all() for value in parameters):
+                    got = "some that are not"
+                    raise _diverged("the parameters", got, step, checkpoint, history)
                 means = {name: sum(row[name] for row in recent) / len(recent) for name in recent[0]}
                 spent = time.monotonic() - started
                 history.append({"step": step + 1, "seconds": spent, **means})
                 recent.clear()
                 _save(checkpoint, module, optimizer, generator, facts, history)
     return history
+
+
+def _diverged(
+    what: str, got: str, step: int, checkpoint: Path, history: list[dict[str, float]]
+) -> DivergedError:
+    good = f"{checkpoint}, of step {int(history[-1]['step'])}" if history else "none"
+    return DivergedError(
+        f"train_module: {what} must be finite, got {got} in step {step + 1}; the last good "
+        f"checkpoint is {good}"
+    )
 
 
 def replace_file(path: Path, content: bytes) -> None:
@@ -189,8 +201,11 @@ def _resume(
     saved = json.loads(metadata["facts"])
     for name in sorted({*saved, *facts}):
         if saved.get(name) != facts.get(name):
-            fail("train_module", "checkpoint", f"be of a run with {name} {facts.get(name)}",
-                 f"{path} with {saved.get(name)}")  # fmt: skip
+            wanted, got = (
+                f"with {name} {known[name]}" if name in known else f"without {name}"
+                for known in (facts, saved)
+            )
+            fail("train_module", "checkpoint", f"be of a run {wanted}", f"{path} {got}")
     states: dict[int, dict[str, Tensor]] = {}
     values: dict[str, Tensor] = {}
     for name, tensor in tensors.items():

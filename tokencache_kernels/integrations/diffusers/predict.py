@@ -57,8 +57,9 @@ def make_content_predictor(
     hidden = block.attn1.to_q.in_features
     heads = block.attn1.heads
     width = hidden if width is None else width
-    if width % (hidden // heads):
-        fail("make_content_predictor", "width", f"be a multiple of {hidden // heads}", width)
+    if width < 1 or width % (hidden // heads):
+        wanted = f"be a positive multiple of {hidden // heads}"
+        fail("make_content_predictor", "width", wanted, width)
     predictor = ContentPredictor(
         *_sizes(transformer), num_steps, hidden, width, width * heads // hidden
     )
@@ -98,7 +99,7 @@ def train_predictor(
     Args:
         transformer: a ``DiTTransformer2DModel`` that predicts noise, and a variance too or not.
         predictor: trained in place; on the transformer's device.
-        scheduler: a diffusers scheduler with ``alphas_cumprod``, whose timesteps are set.
+        scheduler: a diffusers scheduler with ``alphas_cumprod`` and whole timesteps, which are set.
         draw: gives a batch of clean latents and labels.
         settings: see ``train_module``.
         checkpoint: see ``train_module``.

@@ -124,10 +124,13 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 
 def check_scheduler(op: str, scheduler: Any) -> int:
-    """Refuse steps of which none can be cached, and models that predict no noise; count them."""
+    """Refuse steps of which none can be cached, or that are not DDIM's; count them."""
     num_steps = len(scheduler.timesteps)
     if num_steps < 2:
         fail(op, "scheduler", "be set to at least 2 steps", num_steps)
+    if not hasattr(scheduler, "alphas_cumprod") or scheduler.timesteps.is_floating_point():
+        wanted = "have alphas_cumprod and whole timesteps, as DDIM has"
+        fail(op, "scheduler", wanted, type(scheduler).__name__)
     if scheduler.config.prediction_type != "epsilon":
         got = repr(scheduler.config.prediction_type)
         fail(op, "scheduler", "have prediction_type 'epsilon'", got)

@@ -44,7 +44,7 @@ def train_router(
 
     Args:
         transformer: a ``DiTTransformer2DModel`` that predicts noise, and a variance too or not.
-        scheduler: a diffusers scheduler with ``alphas_cumprod``, whose timesteps are set.
+        scheduler: a diffusers scheduler with ``alphas_cumprod`` and whole timesteps, which are set.
         draw: gives a batch of clean latents and class labels from a generator.
         settings: see ``train_module``; published routers took 50,000 steps of 64 samples at a rate
             of 1e-3, without weight decay.
