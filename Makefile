@@ -10,12 +10,12 @@ NUMPY ?= numpy<2.4
 VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
-NATIVE := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh)
+NATIVE := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh csrc/*/*.map)
 
 # the environment's cmake, ninja and clang-format go first
 export PATH := $(abspath $(VENV)/bin):$(PATH)
 
-.PHONY: demo setup build lint types test compile-check bench gpu clean
+.PHONY: demo setup build lint types test sanitize package compile-check bench gpu clean
 .NOTPARALLEL:
 
 demo: setup  # the main job: a trained model, dense and cached, side by side
@@ -42,7 +42,7 @@ build: setup  # the native library alone, for work on csrc/
 lint: setup
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	clang-format --dry-run -Werror $(NATIVE)
+	clang-format --dry-run -Werror $(filter-out %.map,$(NATIVE)) tests/c_api/*.cpp examples/c_api/*.cpp
 
 types: setup
 	$(PY) -m mypy
@@ -53,6 +53,19 @@ compile-check: setup  # every Triton kernel and launch setting, for every archit
 # pytest last: its summary is the last line
 test: lint types compile-check  # everything that needs no GPU
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
+
+# The C API under the sanitizers of GCC; the fuzz from Python needs their libraries in the process.
+SANITIZERS = $(shell $${CXX:-c++} -print-file-name=libasan.so)
+sanitize: setup  # the C++ tests under ASan + UBSan and under TSan, then the fuzz under ASan + UBSan
+	for preset in asan tsan; do \
+	  cmake --preset $$preset && cmake --build --preset $$preset && ctest --preset $$preset || exit 1; \
+	done
+	LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 \
+	TOKENCACHE_C_LIBRARY=build/asan/libtokencache.so TOKENCACHE_FUZZ_EXAMPLES=1000 \
+	  $(PY) -m pytest tests/c_api/test_fuzz.py -s -k hostile
+
+package: setup  # the wheel, by way of the sdist, in a fresh environment
+	$(PY) -m pytest tests/fresh_environment.py
 
 bench: setup
 	$(PY) -m pytest benchmarks --benchmark-only
