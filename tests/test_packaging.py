@@ -92,7 +92,8 @@ def test_the_sdist_holds_all_sources_and_examples_and_nothing_that_was_built(che
 
     assert done.returncode == 0, done.stderr
     sdist = checkout / "dist" / f"tokencache_kernels-{__version__}.tar.gz"
-    held = {name.partition("/")[2] for name in tarfile.open(sdist).getnames()}
+    with tarfile.open(sdist) as archive:
+        held = {name.partition("/")[2] for name in archive.getnames()}
     files = [path for folder in ("csrc", "examples") for path in checkout.glob(f"{folder}/**/*.*")]
     wanted = {str(path.relative_to(checkout)) for path in files}
     assert {"csrc/include/tokencache.h", "examples/c_api/partial_step.cpp"} <= wanted
