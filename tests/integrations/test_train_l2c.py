@@ -159,7 +159,7 @@ def test_the_transformer_is_left_as_it_was(tmp_path):
 def test_a_checkpoint_of_another_sparsity_is_refused(tmp_path):
     train(tmp_path, settings=replace(SETTINGS, num_steps=2), sparsity=0.5)
 
-    with pytest.raises(ValueError, match=r"of a run with sparsity 0.25, got .* with 0.5"):
+    with pytest.raises(ValueError, match=r"of a run with sparsity 0.25, got .* with sparsity 0.5"):
         train(tmp_path, sparsity=0.25)
 
 

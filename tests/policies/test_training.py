@@ -233,7 +233,9 @@ def test_parameters_that_are_not_finite_are_not_saved(tmp_path):
         if step == 11:
             nn.init.constant_(module.bias, torch.inf)
 
-    with pytest.raises(DivergedError, match="parameters must be finite, .* in step 12; ") as raised:
+    with pytest.raises(
+        DivergedError, match=r"parameters must be finite, .* in step 12; "
+    ) as raised:
         train(path, module=module, after_step=after_step)
 
     assert str(raised.value).endswith(f"the last good checkpoint is {path}, of step 6")
@@ -294,10 +296,10 @@ def test_a_checkpoint_that_is_none_is_refused_and_left_alone(tmp_path, spoil, se
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"facts": {"task": "circles"}}, "of a run with task circles, got .* with lines"),
+        ({"facts": {"task": "circles"}}, "of a run with task circles, got .* with task lines"),
         ({"facts": {"task": "lines", "size": "3"}}, "of a run with size 3, got .* without size"),
-        ({"settings": replace(SETTINGS, seed=1)}, "of a run with seed 1, got .* with 0"),
-        ({"settings": replace(SETTINGS, learning_rate=1.0)}, "learning_rate 1.0, got .* with 0.05"),
+        ({"settings": replace(SETTINGS, seed=1)}, "of a run with seed 1, got .* with seed 0"),
+        ({"settings": replace(SETTINGS, learning_rate=1.0)}, "learning_rate 1.0, got .* 0.05"),
         ({"settings": replace(SETTINGS, num_steps=19)}, "num_steps must be at least 20, as in"),
         ({"module": nn.Linear(3, 4)}, "checkpoint must hold the tensors of the module"),
     ],
