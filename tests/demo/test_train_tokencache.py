@@ -52,7 +52,7 @@ def test_a_state_of_another_predictor_is_refused_and_nothing_is_written(weights,
     told = capsys.readouterr().err.splitlines()[-1]
     assert status == 1
     assert "checkpoint must be of a run with predictor ContentPredictor(num_layers=6, " in told
-    assert "with TablePredictor(num_layers=6, num_tokens=256, num_steps=3)" in told
+    assert "with predictor TablePredictor(num_layers=6, num_tokens=256, num_steps=3)" in told
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == files
 
 
