@@ -54,13 +54,13 @@ compile-check: setup  # every Triton kernel and launch setting, for every archit
 test: lint types compile-check  # everything that needs no GPU
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
 
-# The C API under the sanitizers of GCC; the fuzz from Python needs their libraries in the process.
-SANITIZERS = $(shell $${CXX:-c++} -print-file-name=libasan.so)
+# Python loads AddressSanitizer first; and libstdc++, whose exceptions it must find from the start.
+ASAN = $(foreach name,libasan.so libstdc++.so,$(shell $${CXX:-c++} -print-file-name=$(name)))
 sanitize: setup  # the C++ tests under ASan + UBSan and under TSan, then the fuzz under ASan + UBSan
 	for preset in asan tsan; do \
 	  cmake --preset $$preset && cmake --build --preset $$preset && ctest --preset $$preset || exit 1; \
 	done
-	LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 \
+	LD_PRELOAD="$(ASAN)" ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 \
 	TOKENCACHE_C_LIBRARY=build/asan/libtokencache.so TOKENCACHE_FUZZ_EXAMPLES=1000 \
 	  $(PY) -m pytest tests/c_api/test_fuzz.py -s -k hostile
 
