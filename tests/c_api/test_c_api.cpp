@@ -199,6 +199,31 @@ void refuse_hostile_arguments() {
   }
 }
 
+// Options beside the tensors, with nothing to work on.
+void refuse_hostile_options() {
+  for (const double eps : {-1.0, double{INFINITY}, double{NAN}}) {
+    tokencache_gather_modulate_args args{};
+    args.dtype = TOKENCACHE_FLOAT32, args.eps = eps;
+    EXPECT(tokencache_gather_modulate(&args, TOKENCACHE_CPU, nullptr) ==
+           TOKENCACHE_INVALID_ARGUMENT);
+  }
+  for (const int64_t num_branches : {int64_t{-1}, int64_t{257}, INT64_MAX, int64_t{1}}) {
+    tokencache_add_branches_args args{};
+    args.dtype = TOKENCACHE_FLOAT32, args.num_branches = num_branches;  // and no branches
+    EXPECT(tokencache_add_branches(&args, TOKENCACHE_CPU, nullptr) == TOKENCACHE_INVALID_ARGUMENT);
+  }
+  for (const int64_t side : {int64_t{-3}, int64_t{0}, int64_t{3}, INT64_MAX, INT64_MIN}) {
+    tokencache_select_tokens_args args{};
+    args.N = 6, args.grid_height = side, args.grid_width = 2, args.tile = side == 3 ? 0 : 1;
+    EXPECT(tokencache_select_tokens(&args, TOKENCACHE_CPU, nullptr) == TOKENCACHE_INVALID_ARGUMENT);
+  }
+  for (const int64_t max_fresh : {int64_t{-1}, int64_t{7}}) {
+    tokencache_select_tokens_args args{};
+    args.N = 6, args.max_fresh = max_fresh;
+    EXPECT(tokencache_select_tokens(&args, TOKENCACHE_CPU, nullptr) == TOKENCACHE_INVALID_ARGUMENT);
+  }
+}
+
 void refuse_what_is_not_there() {
   tokencache_gather_rows_args args{};
   args.dtype = TOKENCACHE_FLOAT32;
@@ -264,6 +289,7 @@ int main() {
   select_and_invert(3, 2, 1021, 4, 300);  // several threads
   scatter_between_columns();
   refuse_hostile_arguments();
+  refuse_hostile_options();
   refuse_what_is_not_there();
   call_from_many_threads();
   std::printf("%s\n", num_failures == 0 ? "all is well" : "failed");
