@@ -119,9 +119,6 @@ __device__ const T* head_at(const void* base, int64_t b, int64_t h, int64_t stri
   return static_cast<const T*>(base) + b * stride_b + h * stride_h;
 }
 
-// The machine's exponential has base 2.
-__device__ inline float fast_exp(float x) { return exp2f(x * 1.44269504f); }
-
 // How many of N keys a sample has; null: all.
 __device__ inline int64_t num_keys_of(const int32_t* key_lengths, int64_t b, int64_t stride,
                                       int64_t N) {

@@ -60,23 +60,24 @@ __global__ void __launch_bounds__(kHeadThreads, kHeadBlocks)
     __syncthreads();
     float weights[kHeadRows / 8][4];
     stages[first_query / kHeadRows % 2].multiply(factor, weights);
+    float of_stage[2] = {};  // shorter sums round less
 #pragma unroll
     for (int j = 0; j < kHeadRows / 8; ++j) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const float origin = lse_of_stage[j * 8 + lane % 4 * 2 + i % 2];
-        received[i / 2] += fast_exp(weights[j][i] * scale - origin);
+        of_stage[i / 2] += expf(weights[j][i] * scale - origin);
       }
     }
+    received[0] += of_stage[0];
+    received[1] += of_stage[1];
     __syncthreads();  // the next round's copies take this stage
   }
   wait_copies<0>();
 
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    float sum = received[half];
-    sum += __shfl_xor_sync(0xFFFFFFFF, sum, 1);
-    sum += __shfl_xor_sync(0xFFFFFFFF, sum, 2);
+    const float sum = sum_of_row(received[half]);
     const int64_t n = first_key + threadIdx.x / 32 * 16 + lane / 4 + half * 8;
     if (lane % 4 == 0 && n < map.N) store_mean(p, b, h, n, sum);
   }
@@ -99,13 +100,33 @@ __global__ void __launch_bounds__(32 * kPlainWarps)
   float sum = 0;
   for (int64_t s = lane; s < map.S; s += 32) {
     const float score = dot(query + s * map.stride_query_s, key, map.E) * scale;
-    sum += fast_exp(score - lse[s * p.stride_lse_s]);
+    sum += expf(score - lse[s * p.stride_lse_s]);
   }
   sum = sum_of_warp(sum);
   if (lane == 0) store_mean(p, b, h, n, sum);
 }
 
-__device__ float entropy_of(float weight) { return weight > 0 ? -weight * logf(weight) : weight; }
+// Of one row of the map, as far as it was seen.
+struct RunningEntropy {
+  float sum = 0;   // of -weight * log(weight)
+  float mass = 0;  // of the weights: 1, but for the rounding of the log-sum-exps
+
+  __device__ void add(float weight) {
+    if (weight != 0) sum -= weight * logf(weight);
+    mass += weight;
+  }
+
+  __device__ void add(const RunningEntropy& other) {
+    sum += other.sum;
+    mass += other.mass;
+  }
+
+  // That of the weights over their mass. Nothing was seen: 0.
+  __device__ float value() const {
+    const float entropy = mass == 0 ? 0.0f : sum / mass + logf(mass);
+    return entropy < 0 ? 0.0f : entropy;  // a single weight, rounded
+  }
+};
 
 // The map of all heads is averaged before its logarithm is taken: for each 64 keys, one head after
 // another adds its weights.
@@ -131,7 +152,7 @@ __global__ void __launch_bounds__(kHeadThreads, kHeadBlocks)
   const int lane = threadIdx.x % 32;
   const float scale = static_cast<float>(map.softmax_scale);
   const int64_t first_s = first_query + threadIdx.x / 32 * 16 + lane / 4;
-  float entropy[2] = {};               // of rows lane / 4 and lane / 4 + 8 of the warp's 16
+  RunningEntropy entropy[2];           // of rows lane / 4 and lane / 4 + 8 of the warp's 16
   float total[kHeadRows / 8][4] = {};  // of the heads' weights
   if (num_parts > 0) copy_stage(0);
   commit_copies();
@@ -150,17 +171,20 @@ __global__ void __launch_bounds__(kHeadThreads, kHeadBlocks)
     for (int half = 0; half < 2; ++half) {
       const int64_t s = first_s + half * 8;
       const float origin = s < map.S ? lse[(b * map.H + h) * map.S + s] : INFINITY;
+      const bool is_last = h + 1 == map.H;
+      RunningEntropy of_stage;  // shorter sums round less
 #pragma unroll
       for (int j = 0; j < kHeadRows / 8; ++j) {
 #pragma unroll
         for (int i = 2 * half; i < 2 * half + 2; ++i) {
           const bool is_there = first_key + j * 8 + lane % 4 * 2 + i % 2 < num_keys;
-          if (is_there) total[j][i] += fast_exp(weights[j][i] * scale - origin);
-          if (h + 1 < map.H) continue;
-          entropy[half] += entropy_of(total[j][i] / map.H);
+          if (is_there) total[j][i] += expf(weights[j][i] * scale - origin);
+          if (!is_last) continue;
+          of_stage.add(total[j][i] / map.H);
           total[j][i] = 0;
         }
       }
+      entropy[half].add(of_stage);
     }
     __syncthreads();  // the next round's copies take this stage
   }
@@ -168,11 +192,10 @@ __global__ void __launch_bounds__(kHeadThreads, kHeadBlocks)
 
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    float sum = entropy[half];
-    sum += __shfl_xor_sync(0xFFFFFFFF, sum, 1);
-    sum += __shfl_xor_sync(0xFFFFFFFF, sum, 2);
+    RunningEntropy& row = entropy[half];
+    row = {sum_of_row(row.sum), sum_of_row(row.mass)};
     const int64_t s = first_s + half * 8;
-    if (lane % 4 == 0 && s < map.S) static_cast<float*>(p.out)[b * map.S + s] = sum;
+    if (lane % 4 == 0 && s < map.S) static_cast<float*>(p.out)[b * map.S + s] = row.value();
   }
 }
 
@@ -187,7 +210,7 @@ __global__ void __launch_bounds__(32 * kPlainWarps)
   if (s >= map.S) return;
   const int64_t num_keys = num_keys_of(p.key_lengths, b, p.stride_key_lengths_b, map.N);
   const float scale = static_cast<float>(map.softmax_scale);
-  float entropy = 0;
+  RunningEntropy entropy;
   for (int64_t n = lane; n < num_keys; n += 32) {
     float total = 0;
     for (int64_t h = 0; h < map.H; ++h) {
@@ -195,12 +218,12 @@ __global__ void __launch_bounds__(32 * kPlainWarps)
       const T* key = head_at<T>(map.key, b, h, map.stride_key_b, map.stride_key_h);
       const float score =
           dot(query + s * map.stride_query_s, key + n * map.stride_key_n, map.E) * scale;
-      total += fast_exp(score - lse[(b * map.H + h) * map.S + s]);
+      total += expf(score - lse[(b * map.H + h) * map.S + s]);
     }
-    entropy += entropy_of(total / map.H);
+    entropy.add(total / map.H);
   }
-  entropy = sum_of_warp(entropy);
-  if (lane == 0) static_cast<float*>(p.out)[b * map.S + s] = entropy;
+  entropy = {sum_of_warp(entropy.sum), sum_of_warp(entropy.mass)};
+  if (lane == 0) static_cast<float*>(p.out)[b * map.S + s] = entropy.value();
 }
 
 template <class T>
