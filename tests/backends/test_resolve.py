@@ -41,14 +41,19 @@ except BackendUnavailableError as error:
 def test_a_backend_named_in_the_environment_never_falls_back_either(monkeypatch):
     monkeypatch.setenv("TOKENCACHE_BACKEND", "native")
 
-    with pytest.raises(BackendUnavailableError, match=r"^head_norms: backend 'native' cannot run"):
-        ops.head_norms(randn(1, 4, 2, 8))
+    with pytest.raises(
+        BackendUnavailableError, match=r"^attention_with_entropy: backend 'native' cannot run"
+    ):
+        ops.attention_with_entropy(*[randn(1, 4, 2, 8)] * 3)
 
 
 def test_an_argument_goes_before_the_environment(monkeypatch):
     monkeypatch.setenv("TOKENCACHE_BACKEND", "native")
 
-    assert backends.resolve("head_norms", CPU, torch.float32, "reference") is reference.head_norms
+    assert (
+        backends.resolve("attention_with_entropy", CPU, torch.float32, "reference")
+        is reference.attention_with_entropy
+    )
 
 
 def test_a_wrong_name_in_the_environment_is_an_error(monkeypatch):
@@ -60,9 +65,9 @@ def test_a_wrong_name_in_the_environment_is_an_error(monkeypatch):
 
 def test_auto_says_what_it_passed_over(caplog):
     with caplog.at_level(logging.DEBUG, logger="tokencache_kernels.backends"):
-        chosen = backends.resolve("head_norms", CPU, torch.float32)
+        chosen = backends.resolve("attention_with_entropy", CPU, torch.float32)
 
-    assert chosen is reference.head_norms
+    assert chosen is reference.attention_with_entropy
     assert "passing over backend 'native'" in caplog.text
 
 
