@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch._dynamo.testing
 
 from tokencache_kernels import ops
 from tokencache_kernels.testing import randn, random_indices
