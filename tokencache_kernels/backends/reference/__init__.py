@@ -2,8 +2,9 @@
 
 Runs on any device and in any floating dtype, and is differentiable. Every function computes in the
 dtype it is given, so that float64 inputs give the exact result and low-precision inputs the
-rounding of eager PyTorch. An index outside [0, N) is an empty slot: it reads zeros and writes
-nothing.
+rounding of eager PyTorch. But attention maps with their log-sum-exps, statistics and the weights of
+a blend are float32, float64 of float64; and selection is float32, whatever it is given. An index
+outside [0, N) is an empty slot: it reads zeros and writes nothing.
 
 The backends share one contract: functions named like the ops, inputs already checked, in-place
 functions return nothing, and ``out`` may be the input itself.
