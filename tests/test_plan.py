@@ -177,6 +177,8 @@ def test_fora_recomputes_no_token_and_keeps_no_score(plan):
     # the total of the published README
     assert totals["published"]["TFLOP"] == pytest.approx(1320.07, rel=0.003)
     assert totals["ours"]["scores, MiB"] == totals["ours"]["staleness, MiB"] == "-"
+    # a third less than under ToCa: nothing reads the attention of single blocks
+    assert totals["ours"]["features, MiB"] == pytest.approx(1 / 1.5 * 3078, abs=0.05)
 
 
 def places(steps):

@@ -35,9 +35,9 @@ def make_layer(device, is_fused, dtype=torch.float32, backend="auto"):
         hidden = F.gelu(expand(rows), approximate="tanh")
         return project(torch.cat([attended, hidden], dim=-1))
 
+    attended = randn(B, N, D, seed=5, device=device, dtype=dtype)
     layer = ParallelLayer(
-        TOTAL, gate, Modulation(shift, scale, 1e-6),
-        randn(B, N, D, seed=5, device=device, dtype=dtype), compute, backend=backend,
+        TOTAL, gate, Modulation(shift, scale, 1e-6), lambda: attended, compute, backend=backend
     )  # fmt: skip
     return replace(layer, fc1=expand, fc2=project, activation="gelu_tanh") if is_fused else layer
 
@@ -64,7 +64,7 @@ def test_fresh_rows_are_recomputed_from_their_cached_attention_and_no_others(dev
     rows = F.layer_norm(x, (D,), eps=eps) * (1 + scale[:, None]) + shift[:, None]
     is_fresh = ops.invert_indices(indices, N)[..., None] >= 0
     stale = randn(B, N, D, seed=8, device=device)
-    wanted = torch.where(is_fresh, layer.module(rows, layer.attended), stale)
+    wanted = torch.where(is_fresh, layer.module(rows, layer.attend()), stale)
     torch.testing.assert_close(cache, wanted, rtol=1e-5, atol=1e-5)
 
 
@@ -87,8 +87,8 @@ def test_no_launch_but_five(device):
     layer = make_layer(device, is_fused=True, backend="triton")
     indices = random_indices(B, N, 5, device=device)
     positions = ops.invert_indices(indices, N)
-    stream, cache = ResidualStream(randn(B, N, D, device=device), "triton"), layer.attended.clone()
-    stream.add(layer.attended, layer.gate)
+    stream, cache = ResidualStream(randn(B, N, D, device=device), "triton"), layer.attend().clone()
+    stream.add(layer.attend(), layer.gate)
 
     with count_launches() as launches:
         layer.recompute_(cache, stream, indices, positions)

@@ -16,6 +16,7 @@ from tokencache_kernels.policies import (
     flux_shape,
     fora,
     make_plan,
+    pixart_shape,
     random_tokens,
     taylor_seer,
 )
@@ -172,6 +173,7 @@ def test_staleness_and_scores_are_four_bytes_a_token_of_what_is_computed_in_part
 
     assert kept(plan, PIXART, 2) == {
         "features": 3 * 28 * 2 * 256 * 1152 * 2,
+        "text": 2 * 28 * 2 * 20 * 1152 * 2,
         "staleness": 2 * 28 * 2 * 256 * 4,  # cross-attention and MLP
         "scores": 28 * 2 * 256 * 4,  # both
     }
@@ -212,6 +214,73 @@ def test_the_cache_of_a_run_is_as_large_as_the_plan_says(policy):
     assert sizes.get("output", 0) == num_bytes(runner._outputs)
     assert sizes["staleness"] == sum(state.staleness.nbytes for state in states)
     assert sizes["scores"] == sum(state.scores.nbytes for state in states)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize(
+    "policy",
+    [
+        ToCaConfig.preset("flux-1-dev", num_inference_steps=6),
+        fora(3, 4),
+        taylor_seer(2, 6),
+        replace(ToCaConfig.constant(0.3, 3, 5), forecast_order=1),
+    ],
+    ids=lambda policy: f"{policy.name}-{policy.forecast_order}",
+)
+def test_flux_keeps_what_the_plan_says_and_nothing_that_is_not_read(policy):
+    pytest.importorskip("diffusers")
+    from tokencache_kernels.integrations.diffusers import apply_token_cache
+    from tokencache_kernels.testing import tiny_flux
+
+    model = tiny_flux()
+    apply_token_cache(model, policy)
+    for step in range(policy.num_inference_steps):
+        model(
+            hidden_states=torch.randn(2, 6, 4), encoder_hidden_states=torch.randn(2, 5, 10),
+            pooled_projections=torch.randn(2, 6), timestep=torch.full((2,), 0.9 - 0.1 * step),
+            guidance=torch.ones(2), img_ids=torch.zeros(6, 3), txt_ids=torch.zeros(5, 3),
+        )  # fmt: skip
+    features = runner_of(model).features
+
+    shape = flux_shape(
+        batch=2, num_double=2, num_single=3, hidden=24, heads=2, mlp=96, image_tokens=6,
+        text_tokens=5,
+    )  # fmt: skip
+    plan = make_plan(policy, shape)
+    sizes = cache_bytes(plan, shape, 4)
+    assert sizes["features"] + sizes.get("differences", 0) == num_bytes(features)
+    attention = features._buffers.get(Site("single", 0, "attn"), [])
+    assert len(attention) == any(
+        any(step.num_fresh("single", "mlp")) and not step.is_full for step in plan.steps
+    )
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize(
+    "policy",
+    [ToCaConfig.preset("pixart-alpha", num_inference_steps=5, num_layers=3), fora(3, 4)],
+    ids=lambda policy: policy.name,
+)
+def test_pixart_keeps_the_keys_of_its_text_where_the_plan_says(policy):
+    pytest.importorskip("diffusers")
+    from tokencache_kernels.integrations.diffusers import apply_token_cache
+    from tokencache_kernels.testing import tiny_pixart
+
+    model, text = tiny_pixart(), torch.randn(2, 7, 10)
+    apply_token_cache(model, policy)
+    for step in range(policy.num_inference_steps):
+        model(
+            torch.randn(2, 2, 8, 8), encoder_hidden_states=text,
+            timestep=torch.full((2,), 900 - step),
+            added_cond_kwargs={"resolution": None, "aspect_ratio": None},
+        )  # fmt: skip
+    hook = model.transformer_blocks[0]._diffusers_hook.get_hook("tokencache_kernels")
+    kept_text = hook._contexts.get_state()._text_features.values()
+
+    shape = pixart_shape(image_tokens=16, num_layers=3, hidden=24, heads=3, mlp=96, text_tokens=7)
+    sizes = cache_bytes(make_plan(policy, shape), shape, 4)
+    assert sizes.get("text", 0) == sum(key.nbytes + value.nbytes for key, value in kept_text)
+    assert sizes["features"] == num_bytes(runner_of(model).features)
 
 
 def num_bytes(cache):

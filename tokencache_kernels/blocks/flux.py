@@ -65,8 +65,9 @@ class ParallelLayer:
     activations are not cached: nothing would read them.
 
     Attributes:
-        attended: (B, N, D), what attention gave, before the projection.
-        module: the model's own layers: packed rows of the norm and of ``attended`` to the output.
+        attend: gives (B, N, D), what attention gave, before the projection; nothing asks for it
+            where the layer is reused.
+        module: the model's own layers: packed rows of the norm and of the attention to the output.
         fc1: the first layer, where the fused path may be taken, else None.
         fc2: the second layer, likewise.
         activation: the activation between them, as ``ops.linear`` names it.
@@ -75,7 +76,7 @@ class ParallelLayer:
     site: Site
     gate: Tensor
     modulation: Modulation
-    attended: Tensor
+    attend: Callable[[], Tensor]
     module: Callable[[Tensor, Tensor], Tensor]
     fc1: nn.Linear | None = None
     fc2: nn.Linear | None = None
@@ -84,14 +85,14 @@ class ParallelLayer:
 
     def compute(self, stream: ResidualStream) -> Tensor:
         """All tokens; see ``SubLayer``."""
-        return self.module(stream.modulate(self.modulation), self.attended)
+        return self.module(stream.modulate(self.modulation), self.attend())
 
     def recompute_(
         self, cache: Tensor, stream: ResidualStream, indices: Tensor, positions: Tensor
     ) -> None:
         """The tokens at ``indices``, in five launches; see ``SubLayer``."""
         packed = stream.take_rows(indices, positions, self.modulation)
-        attended = ops.gather_rows(self.attended, indices, backend=self.backend)
+        attended = ops.gather_rows(self.attend(), indices, backend=self.backend)
         if self.fc1 is None or self.fc2 is None:
             rows = self.module(packed, attended)
             ops.scatter_rows_(cache, indices, rows, backend=self.backend)

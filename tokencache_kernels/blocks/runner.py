@@ -1,7 +1,7 @@
 """Asks the policy what every site does in each step, and makes the step's index lists."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ class Lane:
         is_whole: whether its sub-layers compute all tokens or none.
         shares_scores: whether its tokens are scored together with those of the lane before it:
             what is stored for a site of one of them is stored for both.
+        read_by: the module that its outputs go into, where they go into no stream.
     """
 
     sites: tuple[Site, ...]
@@ -33,6 +34,7 @@ class Lane:
     selects_late: bool = False
     is_whole: bool = False
     shares_scores: bool = False
+    read_by: str | None = None
 
 
 class Runner:
@@ -103,10 +105,16 @@ class Runner:
             for index in range(total)
         ]
         self._skips = [_skips_blocks(step) for step in self._run]
-        self._remembered = {
-            site: list_remembered([step[site].action for step in self._run], order)
-            for site in self._run[0]
-        }
+        self._remembered: dict[Site, list[int]] = {}
+        # what goes into another sub-layer is not forecast
+        self._inputs: set[Site] = set()
+        for lane in lanes:
+            for site in lane.sites:
+                reader, of_site = None, order
+                if lane.read_by is not None:
+                    reader, of_site = self._actions(replace(site, module=lane.read_by)), 0
+                    self._inputs.add(site)
+                self._remembered[site] = list_remembered(self._actions(site), of_site, reader)
         self._selections: list[_LaneSelection] = []
         self._selection_of: dict[Site, _LaneSelection] = {}
         for lane in lanes:
@@ -131,6 +139,10 @@ class Runner:
                     selection.tokens.scores = self._selections[-1].tokens.scores
                 self._selections.append(selection)
             self._selection_of.update(dict.fromkeys(lane.sites, self._selections[-1]))
+
+    def _actions(self, site: Site) -> list[Action]:
+        """What the site does in each step of the run."""
+        return [step[site].action for step in self._run]
 
     @property
     def _is_predicted(self) -> bool:
@@ -179,7 +191,7 @@ class Runner:
     def remember(self, site: Site, output: Tensor) -> None:
         """Store what a full computation of the site gave, if a later step draws on it."""
         if self.is_remembered(site):
-            self.features.store(site, output)
+            self.features.store(site, output, is_forecast=site not in self._inputs)
         if site in self._selection_of:
             self._selection_of[site].mark_fresh(site.layer)
 

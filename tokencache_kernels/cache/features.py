@@ -34,14 +34,18 @@ class FeatureCache:
         """Count distances from here; a step that is not later than the last begins a new run."""
         self._step_index = step_index
 
-    def store(self, site: Hashable, value: Tensor) -> None:
-        """Copy ``value`` into the site's buffer, which is made anew when the shape changes."""
+    def store(self, site: Hashable, value: Tensor, is_forecast: bool = True) -> None:
+        """Copy ``value`` into the site's buffer, which is made anew when the shape changes.
+
+        Without ``is_forecast`` no differences are kept.
+        """
         buffers = self._buffers.setdefault(site, [])
         if buffers and not _fits(buffers[0], value):
             buffers.clear()
         last, known = self._stored.get(site, (self._step_index, 0))
         distance = self._step_index - last
-        known = min(known + 1, self._forecast_order) if buffers and distance > 0 else 0
+        goes_on = is_forecast and bool(buffers) and distance > 0
+        known = min(known + 1, self._forecast_order) if goes_on else 0
         self._stored[site] = self._step_index, known
         new = value.detach()
         for order in range(known + 1):

@@ -88,17 +88,21 @@ class Policy(Protocol):
         """What happens at ``site`` in ``step``; ``num_tokens`` is the length of its sequence."""
 
 
-def list_remembered(run: Sequence[Action], forecast_order: int) -> list[int]:
+def list_remembered(
+    run: Sequence[Action], forecast_order: int, reader: Sequence[Action] | None = None
+) -> list[int]:
     """The steps whose output a site must store, given what it does in each step of a run.
 
-    They are the last ``1 + forecast_order`` full steps before every reuse, partial or not.
+    They are the last ``1 + forecast_order`` full steps before every reuse, partial or not. An
+    output that goes into another site alone is reused where that site, the ``reader``, computes
+    some token.
     """
     remembered: set[int] = set()
     full: list[int] = []
-    for index, action in enumerate(run):
+    for index, (action, reading) in enumerate(zip(run, reader or run, strict=True)):
         if action is Action.FULL:
             full.append(index)
-        elif action is not Action.SKIP:
+        elif action is not Action.SKIP and (reader is None or reading is not Action.REUSE):
             remembered.update(full[-1 - forecast_order :])
     return sorted(remembered)
 

@@ -1,7 +1,7 @@
 """What a policy will do to a model, step by step, and what that costs; nothing is run."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .decisions import Action, Decision, Policy, Site, Step, list_remembered
 from .shapes import ModelShape
@@ -69,6 +69,10 @@ class Plan:
         """The steps in which every site is computed in full."""
         return tuple(index for index, step in enumerate(self.steps) if step.is_full)
 
+    def actions(self, site: Site) -> list[Action]:
+        """What the site does in each step."""
+        return [step.decisions[site].action for step in self.steps]
+
 
 def make_plan(policy: Policy, shape: ModelShape) -> Plan:
     """Ask ``policy`` for every site and step of a model of this shape, and count."""
@@ -99,16 +103,17 @@ def _has_partial(decisions: Iterable[Decision]) -> bool:
 def cache_bytes(plan: Plan, shape: ModelShape, element_size: int) -> dict[str, int]:
     """How many bytes the cache of a run takes for one batch, by what it holds.
 
-    ``features``: the output of every site that a later step reuses, ``element_size`` bytes an
-    element, and keys and values as large as that where fresh queries see cached ones;
-    ``staleness`` and ``scores``: an int32 and a float32 for every token and layer of the modules
-    that are computed in part in some step; an MLP shares the scores of what is selected before it
-    in its block, and where a predictor gives them the whole selection. ``differences``, where it
-    forecasts: as much as the features for every order; ``output``, where steps skip the blocks:
-    the last one's.
+    ``features``: the output of every site that a later step reads, ``element_size`` bytes an
+    element, and keys and values as large as that where fresh queries see cached ones; ``text``: the
+    prompt's keys and values, where cross-attention is computed in part; ``staleness`` and
+    ``scores``: an int32 and a float32 for every token and layer of the modules that are computed in
+    part in some step; an MLP shares the scores of what is selected before it in its block, and
+    where a predictor gives them the whole selection. ``differences``, where it forecasts: for every
+    order as much as the features that are forecast; ``output``, where steps skip the blocks: the
+    last one's.
     """
     sizes = dict.fromkeys(("features", "staleness", "scores"), 0)
-    differences = 0
+    differences = text = 0
     token_bytes = shape.batch * shape.hidden * element_size
     for stack in shape.stacks:
         is_selected = False
@@ -116,11 +121,16 @@ def cache_bytes(plan: Plan, shape: ModelShape, element_size: int) -> dict[str, i
             sites = [Site(stack.stream, layer, module.name) for layer in range(stack.num_layers)]
             runs = [[step.decisions[site] for step in plan.steps] for site in sites]
             buffer = module.num_tokens * token_bytes
-            for run in runs:
-                times = len(list_remembered([one.action for one in run], plan.forecast_order))
+            for site, run in zip(sites, runs, strict=True):
+                reader, order = None, plan.forecast_order
+                if module.read_by is not None:
+                    reader, order = plan.actions(replace(site, module=module.read_by)), 0
+                times = len(list_remembered(plan.actions(site), order, reader))
                 tensors = 3 if module.name == "attn" and _sees_cached_keys(run) else 1
                 sizes["features"] += buffer * min(times, 1) * tensors
-                differences += buffer * min(max(times - 1, 0), plan.forecast_order)
+                differences += buffer * min(max(times - 1, 0), order)
+                if module.name == "cross" and _has_partial(run):
+                    text += 2 * module.num_keys * token_bytes
             if not any(map(_has_partial, runs)):
                 continue
             selected = 4 * stack.num_layers * shape.batch * module.num_tokens
@@ -128,6 +138,8 @@ def cache_bytes(plan: Plan, shape: ModelShape, element_size: int) -> dict[str, i
             is_selected = True
             sizes["scores"] += 0 if is_shared else selected
             sizes["staleness"] += 0 if is_shared and plan.is_predicted else selected
+    if text:
+        sizes["text"] = text
     if plan.forecast_order:
         sizes["differences"] = differences
     if any(step.is_skipped for step in plan.steps):

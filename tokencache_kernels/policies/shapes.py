@@ -28,6 +28,8 @@ class ModuleShape:
     # self-attention, whose tokens are also keys: what each costs as one, and a fresh token with it
     flops_per_key: int = 0
     flops_per_pair: int = 0
+    # the module that its output goes into, where it is no branch of its own
+    read_by: str | None = None
 
     def flops(self, decision: Decision) -> int:
         """The FLOPs of one sample and layer under ``decision``."""
@@ -199,7 +201,7 @@ def _self_attention(
     flops_full = num_tokens * (per_fresh + per_key + num_keys * per_pair)
     return ModuleShape(
         "attn", num_tokens, flops_full, num_keys, per_fresh, flops_always=flops_always,
-        flops_per_key=per_key, flops_per_pair=per_pair,
+        flops_per_key=per_key, flops_per_pair=per_pair, read_by=None if projects_output else "mlp",
     )  # fmt: skip
 
 

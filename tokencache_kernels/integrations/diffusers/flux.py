@@ -22,7 +22,7 @@ from ...blocks import (
     run_sub_layer,
 )
 from ...errors import UnsupportedInputError
-from ...policies import Policy, Site
+from ...policies import Action, Policy, Site
 from .hooks import (
     Contexts,
     ContextState,
@@ -222,12 +222,18 @@ class _SingleBlockHook(_FluxHook):
             modulation,
             lambda rows: block.attn(hidden_states=rows, image_rotary_emb=rotary),
         )
-        attended = bring_up_to_date(stream, runner, attention)
+
+        def attend() -> Tensor:
+            return bring_up_to_date(stream, runner, attention)
+
+        if runner.action(mlp_site) is Action.REUSE and runner.is_remembered(attention_site):
+            # for a later step: this one does not ask for it
+            attend()
         layer = ParallelLayer(
             mlp_site,
             gate,
             modulation,
-            attended,
+            attend,
             lambda rows, attended: block.proj_out(
                 torch.cat([attended, block.act_mlp(block.proj_mlp(rows))], dim=-1)
             ),
@@ -343,7 +349,12 @@ def _lanes(depths: tuple[int, int], text_tokens: int, image_tokens: int) -> tupl
     joint_tokens = text_tokens + image_tokens
     lengths = (joint_tokens, image_tokens, text_tokens, joint_tokens, joint_tokens)
     return tuple(
-        Lane(sites, num_tokens, is_whole=sites[0].module == "attn")
+        Lane(
+            sites,
+            num_tokens,
+            is_whole=sites[0].module == "attn",
+            read_by="mlp" if sites[0] == single_sites(0)[0] else None,
+        )
         for sites, num_tokens in zip((*doubles, *singles), lengths, strict=True)
     )
 
