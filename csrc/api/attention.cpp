@@ -41,8 +41,7 @@ STABLE_TORCH_LIBRARY_IMPL(tokencache_kernels_native, CUDA, m) {
 
 #else
 
-// On the CPU torch's own attention hands out the log-sum-exp; see
-// tokencache_kernels/backends/native/attention.py.
+// On the CPU torch's own attention hands out the log-sum-exp, and there is no other.
 STABLE_TORCH_LIBRARY_FRAGMENT(tokencache_kernels_native, m) {
   m.def(
       "attention(Tensor query, Tensor key, Tensor value, Tensor? key_lengths, float softmax_scale,"

@@ -303,6 +303,17 @@ def test_the_cuda_half_loads_without_a_gpu_and_adds_its_kernels():
         assert torch._C._dispatch_has_kernel_for_dispatch_key(op, "CUDA")
 
 
+def test_an_op_that_one_half_has_alone_says_so(monkeypatch):
+    monkeypatch.setattr(native, "unavailable", lambda device, dtype: None)
+
+    for op, has, has_not in (("attention", "cuda", "cpu"), ("select_tokens_", "cpu", "cuda")):
+        reasons = [
+            backends.unavailable("native", op, torch.device(name), torch.float32)
+            for name in (has, has_not)
+        ]
+        assert reasons == [None, f"it has {op} on {has} alone"]
+
+
 def test_float64_on_a_gpu_is_left_to_the_reference():
     reason = native.unavailable(torch.device("cuda"), torch.float64)
 

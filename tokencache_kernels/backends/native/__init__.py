@@ -47,6 +47,9 @@ __all__ = [
     "unavailable",
 ]
 
+# on the CPU torch's own attention is what there is; selection in CUDA is not written yet
+ONLY_ON = {"attention": "cuda", "invert_indices": "cpu", "select_tokens_": "cpu"}
+
 
 def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
     """The library must be there, and on a GPU its CUDA half."""

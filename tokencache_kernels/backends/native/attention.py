@@ -1,9 +1,8 @@
-"""Attention of fresh queries over all keys: one launch on a GPU; on the CPU torch's own."""
+"""Attention of fresh queries over all keys, on a GPU."""
 
 import torch
 from torch import Tensor
 
-from .. import library as libraries
 from .library import OPS
 
 
@@ -11,8 +10,6 @@ def attention(
     query: Tensor, key: Tensor, value: Tensor, key_lengths: Tensor | None, softmax_scale: float
 ) -> tuple[Tensor, Tensor]:
     """out = softmax(softmax_scale * query @ key.T) @ value, and the scores' log-sum-exp."""
-    if not query.is_cuda:
-        return libraries.attention(query, key, value, key_lengths, softmax_scale)
     B, S, H, E = query.shape
     out = query.new_empty(B, S, H, E)
     lse = query.new_empty(B, H, S, dtype=torch.float32)
