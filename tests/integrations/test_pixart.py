@@ -497,7 +497,7 @@ class MyProcessor:
     [
         pytest.param(
             lambda block: setattr(block.attn2, "processor", MyProcessor()),
-            "an attention processor of .* got MyProcessor",
+            "the attention processor .* got MyProcessor",
             id="processor",
         ),
         pytest.param(
@@ -530,6 +530,21 @@ def test_a_part_that_is_not_known_is_named(spoil, message):
     with pytest.raises(UnsupportedInputError, match=message):
         apply_token_cache(model, toca())
     assert not hasattr(model.transformer_blocks[0], "_diffusers_hook")
+
+
+def test_a_processor_that_comes_after_the_policy_is_named(device):
+    class Shortcut:
+        """Calls none of the projections that the scores are taken from."""
+
+        def __call__(self, attention, hidden_states, *_, **__):
+            return hidden_states
+
+    model = tiny_pixart().to(device)
+    apply_token_cache(model, toca())
+    model.transformer_blocks[1].attn2.set_processor(Shortcut())
+
+    with pytest.raises(UnsupportedInputError, match="got Shortcut"):
+        run(model)
 
 
 def test_a_score_that_the_model_cannot_give_is_refused():

@@ -28,6 +28,7 @@ from .hooks import (
     ContextState,
     FeatureHook,
     StatefulHook,
+    check_processor,
     expect_part,
     is_plain,
     mlp_of,
@@ -410,8 +411,7 @@ def _check_blocks(doubles: Sequence[Any], singles: Sequence[Any]) -> None:
 
 def _check_attention(attention: Any) -> None:
     """Refuse what our own attention, or a partial step, would get wrong."""
-    processor = type(attention.processor).__name__
-    expect_part(f"an attention processor of {_PROCESSORS}", processor, processor in _PROCESSORS)
+    check_processor(attention, _PROCESSORS)
     expect_part("unfused query, key and value", "to_qkv", not attention.fused_projections)
     is_sharded = attention.processor._parallel_config is not None
     expect_part("all tokens on one device", "context parallelism", not is_sharded)

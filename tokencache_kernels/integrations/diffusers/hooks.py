@@ -309,6 +309,8 @@ class TappedScoreHook(ScoreHook):
         """Keep the scores, and the output."""
         state = self.state
         if state.is_own_code:
+            # the processor may be another one than when the policy was applied
+            check_attention(attention)
             projected = [
                 state.taps.pop(name).unflatten(-1, (attention.heads, -1))
                 for name in self.projections
@@ -359,10 +361,15 @@ def expect_part(wanted: str, got: object, is_fine: bool) -> None:
         )
 
 
+def check_processor(attention: Any, known: tuple[str, ...]) -> None:
+    """Refuse an attention processor that we do not know, by name."""
+    processor = type(attention.processor).__name__
+    expect_part(f"the attention processor {' or '.join(known)}", processor, processor in known)
+
+
 def check_attention(attention: Any) -> None:
     """Refuse an attention with parts that fresh queries would not pass through."""
-    processor = type(attention.processor).__name__
-    expect_part(f"an attention processor of {_PROCESSORS}", processor, processor in _PROCESSORS)
+    check_processor(attention, _PROCESSORS)
     expect_part("unfused query, key and value", "to_qkv", not attention.fused_projections)
     for part in _UNKNOWN_PARTS:
         expect_part(f"no {part} in attention", part, not getattr(attention, part))
