@@ -17,7 +17,7 @@ COMMANDS = {
     "compare": ("demo.compare", "measure the quality and time of all policies on the same seeds"),
     "info": ("info", "say what can run here, what cannot, and why"),
     "plan": ("plan", "show what a policy computes at each step, and the arithmetic it saves"),
-    "train": ("demo.train_policy", "train a router on the demo's model and digits"),
+    "train": ("demo.train_policy", "train a router or a predictor on the demo's model and digits"),
     "compile-report": (
         "backends.triton.compile_gate",
         "compile every Triton kernel for given GPUs, without having one",
@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         status: int = options.run(options)
     except ModuleNotFoundError as error:
         reason = f"it needs {error.name}, which is not installed"
-    except (TokenCacheError, ValueError, FileNotFoundError) as error:
+    except (TokenCacheError, ValueError, OSError) as error:
         reason = str(error)
     else:
         return status

@@ -51,6 +51,15 @@ def drawn(monkeypatch):
     return batches
 
 
+@pytest.fixture
+def one_thread():
+    """Torch with one thread, and after the test with as many as before."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def test_a_record_says_what_was_measured_and_where(run_compare, tmp_path, capsys):
     dense, cached, fewer = run_compare(policies=("fora-2", "fewer-1"))
 
@@ -116,8 +125,8 @@ def test_more_samples_and_policies_draw_only_the_new(run_compare, drawn):
     assert drawn == [(1, [0, 1]), (1, [2, 3]), (2, [4]), (2, [4]), (1, [4])]
 
 
-@pytest.mark.parametrize("arguments", [("--guidance", "3"), ("--seeds", "7")])
-def test_other_settings_have_digits_of_their_own(run_compare, drawn, arguments):
+@pytest.mark.parametrize("arguments", [("--guidance", "3"), ("--seeds", "7"), ("--threads", "2")])
+def test_other_settings_have_digits_of_their_own(run_compare, drawn, arguments, one_thread):
     run_compare()
     drawn.clear()
 

@@ -53,6 +53,37 @@ def test_a_state_of_another_training_is_refused_and_nothing_is_written(weights, 
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == files
 
 
+@pytest.mark.parametrize(
+    ("out", "options", "sentence"),
+    [
+        ("a.json", (), "--out must be a file that ends in .safetensors, got"),
+        ("folder.safetensors", (), "--out must be a file that ends in .safetensors, got"),
+        ("a.safetensors", ("--state", "a.safetensors"), "--state must be another file than --out"),
+        ("a.safetensors", ("--batch", "0"), "--batch must be at least 1, got 0"),
+        ("a.safetensors", ("--sampler-steps", "0"), "--sampler-steps must be at least 1, got 0"),
+        ("a.safetensors", ("--weights", "text"), "must hold the weights of the demo's model"),
+        ("a.safetensors", ("--weights", str(ROUTER)), "must hold the weights of the demo's model"),
+        ("text/a.safetensors", (), "File exists"),
+    ],
+)
+def test_what_would_fail_in_the_end_is_refused_at_the_start(
+    weights, tmp_path, monkeypatch, capsys, out, options, sentence
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.safetensors").mkdir()
+    (tmp_path / "text").write_text("some text\n")
+    files = sorted(tmp_path.rglob("*"))
+
+    status = train(weights, out, 2, *options)
+
+    told = capsys.readouterr().err.splitlines()
+    assert status == 1
+    assert len(told) == 1
+    assert told[0].startswith("tokencache train: ")
+    assert sentence in told[0]
+    assert sorted(tmp_path.rglob("*")) == files
+
+
 def test_a_method_must_be_one_that_there_is(capsys):
     with pytest.raises(SystemExit):
         main(["train", "l2d"])

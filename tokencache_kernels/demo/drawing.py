@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .. import settings
 from ..policies import TokenCacheConfig
+from ..version import __version__
 from .data import NUM_CLASSES
 from .methods import Method, applied
 from .sampling import sample
@@ -62,8 +63,8 @@ class Drawing:
     def path(self, method: Method, chunk: range) -> Path:
         """Where one chunk of a method's digits is kept: its own place for all it depends on."""
         facts = hashlib.sha256(self.weights.read_bytes())
-        backend = settings.backend()
-        facts.update(repr((method.policy, backend, self.device.type, self.batch)).encode())
+        way = settings.backend(), self.device.type, self.batch, torch.get_num_threads()
+        facts.update(repr((method.policy, *way, __version__, torch.__version__)).encode())
         if isinstance(method.policy, TokenCacheConfig):
             for value in method.policy.predictor.state_dict().values():
                 facts.update(value.numpy().tobytes())

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from .data import IMAGE_SIZE, NUM_CLASSES
@@ -56,7 +57,18 @@ def save_weights(model: torch.nn.Module, path: Path = WEIGHTS) -> None:
 
 
 def load_model(path: Path = WEIGHTS) -> Any:
-    """Load the shipped model in evaluation mode, in float32."""
+    """Load the shipped model in evaluation mode, in float32.
+
+    Raises:
+        ValueError: the file is truncated, or holds no weights of this model.
+        FileNotFoundError: there is no such file.
+    """
     model = build_model()
-    model.load_state_dict({name: value.float() for name, value in load_file(path).items()})
+    try:
+        model.load_state_dict({name: value.float() for name, value in load_file(path).items()})
+    # PyTorch's own message lists every weight
+    except (SafetensorError, RuntimeError) as error:
+        raise ValueError(
+            f"load_model: path must hold the weights of the demo's model, whole, got {path}"
+        ) from error
     return model.eval().requires_grad_(False)

@@ -36,7 +36,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Run the method; a run that was broken off goes on from its state."""
+    """Run the method; a run that was broken off goes on from its state.
+
+    Raises:
+        ValueError: an option makes no sense; see the method for the others.
+    """
+    if options.out.suffix != ".safetensors" or options.out.is_dir():
+        raise ValueError(f"--out must be a file that ends in .safetensors, got {options.out}")
+    if state_path(options) == options.out:
+        raise ValueError(f"--state must be another file than --out, got {options.out}")
+    for name in ("batch", "sampler_steps"):
+        if getattr(options, name) < 1:
+            option = name.replace("_", "-")
+            raise ValueError(f"--{option} must be at least 1, got {getattr(options, name)}")
     status: int = options.run_method(options)
     return status
 
@@ -50,20 +62,32 @@ def add_training_arguments(
     out: str,
 ) -> None:
     """What all methods take, with the method's defaults."""
-    parser.add_argument("--steps", type=int, default=steps, help="training steps")
-    parser.add_argument("--batch", type=int, default=batch, help="digits a training step")
-    parser.add_argument("--learning-rate", type=float, default=learning_rate, metavar="RATE")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--save-every", type=int, default=50, metavar="STEPS")
-    parser.add_argument(
-        "--sampler-steps", type=int, default=STEPS, help="DDIM steps to train for", metavar="STEPS"
+    numbers: tuple[tuple[str, type, float | None, str], ...] = (
+        ("--steps", int, steps, "training steps"),
+        ("--batch", int, batch, "digits a training step"),
+        ("--learning-rate", float, learning_rate, "AdamW's"),
+        ("--seed", int, 0, "of what training draws"),
+        ("--save-every", int, 50, "steps between two checkpoints, and lines of the record"),
+        ("--sampler-steps", int, STEPS, "DDIM steps to train for"),
     )
+    for option, kind, default, what in numbers:
+        shown = "the predictor's own" if default is None else "%(default)s"
+        parser.add_argument(
+            option, type=kind, default=default, metavar="N" if kind is int else "RATE",
+            help=f"{what}; default: {shown}",
+        )  # fmt: skip
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--weights", type=Path, default=WEIGHTS, metavar="FILE")
-    parser.add_argument("--out", type=Path, default=Path(out), metavar="FILE")
     parser.add_argument(
-        "--state", type=Path, metavar="FILE", help="what resumes; default: --out with .state"
+        "--weights", type=Path, default=WEIGHTS, metavar="FILE", help="default: the demo's"
     )
+    parser.add_argument(
+        "--out", type=Path, default=Path(out), metavar="FILE",
+        help="what was trained, with its record in .json beside it; default: %(default)s",
+    )  # fmt: skip
+    parser.add_argument(
+        "--state", type=Path, metavar="FILE",
+        help="the checkpoint that a run broken off goes on from; default: --out with .state",
+    )  # fmt: skip
 
 
 def state_path(options: argparse.Namespace) -> Path:
