@@ -1,7 +1,13 @@
 import pytest
 import torch
 
-from tokencache_kernels.demo.verdicts import Point, compare_families, describe_mean, judge
+from tokencache_kernels.demo.verdicts import (
+    Point,
+    compare_families,
+    describe_mean,
+    describe_share,
+    judge,
+)
 
 NOISE = torch.linspace(-1, 1, 50)
 # differs from seed to seed, but alike for all methods
@@ -39,6 +45,14 @@ def test_the_interval_is_that_of_the_difference():
 
     assert gain == pytest.approx(0.0, abs=1e-4)
     assert interval == pytest.approx(describe_mean(3 * NOISE)[1], rel=1e-4)
+
+
+@pytest.mark.parametrize(("right", "bound"), [(10, 0.7225), (0, 0.2775), (5, 0.2366), (8, 0.4902)])
+def test_the_interval_of_a_share_reaches_the_farther_bound_of_wilsons(right, bound):
+    share, interval = describe_share(torch.arange(10) < right)
+
+    assert share == right / 10
+    assert interval == pytest.approx(abs(share - bound), abs=1e-4)
 
 
 @pytest.mark.parametrize(

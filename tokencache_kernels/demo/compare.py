@@ -24,7 +24,7 @@ from .methods import Method, parse_method, parse_those_trained
 from .metrics import frechet_distance, psnr
 from .model import WEIGHTS, load_model
 from .sampling import GUIDANCE, STEPS
-from .verdicts import NUM_SIGMAS, Point, describe_mean, judge
+from .verdicts import NUM_SIGMAS, Point, describe_mean, describe_share, judge
 
 POLICIES = (
     "fewer-35", "fewer-25", "fewer-17", "fewer-12", "fora-2", "fora-3", "fora-5",
@@ -121,7 +121,7 @@ def measure(
     for method in methods:
         images, seconds = load_drawn(method, drawing)
         predicted, features = classify(classifier, images)
-        is_right = (predicted == drawing.labels).double()
+        is_right = predicted == drawing.labels
         nearness = psnr(images, dense_images).clamp_max(MAX_PSNR)
         speedup = (dense_seconds.sum() / seconds.sum()).item()
         record = {
@@ -130,7 +130,7 @@ def measure(
             "steps": method.steps,
             "flops_ratio": round(method.flops_ratio, 3),
             "seconds": round(seconds.sum().item(), 2),
-            **_with_interval("accuracy", *describe_mean(is_right)),
+            **_with_interval("accuracy", *describe_share(is_right)),
             **_with_interval("frechet_distance", *describe_distance(features, real)),
             # without a policy no op of ours runs
             "backend": method.policy and info.chosen_backend("mlp_", drawing.device),

@@ -100,6 +100,18 @@ def describe_mean(values: Tensor) -> tuple[float, float]:
     return values.mean().item(), NUM_SIGMAS * values.std().item() / math.sqrt(len(values))
 
 
+def describe_share(hits: Tensor) -> tuple[float, float]:
+    """The share of true values, and how far Wilson's 95 % interval reaches from it at most.
+
+    Unlike a mean's, it is not nothing where all values are alike.
+    """
+    share = hits.double().mean().item()
+    room = NUM_SIGMAS**2 / len(hits)
+    centre = (share + room / 2) / (1 + room)
+    half = math.sqrt(share * (1 - share) * room + room**2 / 4) / (1 + room)
+    return share, abs(centre - share) + half
+
+
 def _interpolate(curve: Sequence[Point], wanted: float, cost: str) -> Tensor | None:
     for point in curve:
         if getattr(point, cost) == wanted:
