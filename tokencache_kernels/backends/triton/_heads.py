@@ -15,7 +15,7 @@ from torch import Tensor
 from ...errors import UnsupportedInputError
 from ._device import INTERPRETED
 
-# beyond it a block of rows no longer fits the registers
+# beyond it a block of rows of any kernel no longer fits the registers
 MAX_HEAD_DIM = 256
 
 
@@ -26,11 +26,11 @@ def split_head_dim(head_dim: int) -> tuple[int, int]:
     return (2 * width, 0) if rest == width else (width, rest)
 
 
-def expect_head_dim(op: str, head_dim: int) -> None:
+def expect_head_dim(op: str, head_dim: int, limit: int = MAX_HEAD_DIM) -> None:
     """Refuse heads that are too wide."""
-    if head_dim > MAX_HEAD_DIM:
+    if head_dim > limit:
         raise UnsupportedInputError(
-            f"{op}: backend 'triton' must have at most {MAX_HEAD_DIM} channels a head, "
+            f"{op}: query must have at most {limit} channels a head for backend 'triton', "
             f"got {head_dim}"
         )
 
@@ -43,11 +43,13 @@ def strides_in_units(*tensors: Tensor) -> tuple[int, list[int]]:
 
 
 @triton.jit
-def load_tile(rows, FIRST: tl.constexpr, WIDTH: tl.constexpr, E: tl.constexpr):
-    """x[m, c] = rows[m][FIRST + c], 0 past the E channels."""
+def load_tile(rows, FIRST: tl.constexpr, WIDTH: tl.constexpr, E: tl.constexpr, is_row=None):
+    """x[m, c] = rows[m][FIRST + c], 0 past the E channels or where not is_row (None: all are)."""
     cols = FIRST + tl.arange(0, WIDTH)
     ptrs = rows[:, None] + cols[None, :]
-    mask = (cols < E)[None, :] if FIRST + WIDTH > E else None
+    mask = (cols < E)[None, :] if FIRST + WIDTH > E or is_row is not None else None
+    if is_row is not None:
+        mask = is_row[:, None] & mask
     x = tl.load(ptrs, mask=mask, other=None if mask is None else 0.0)
     if INTERPRETED:
         # the interpreter would multiply the bit patterns of bfloat16
@@ -56,11 +58,15 @@ def load_tile(rows, FIRST: tl.constexpr, WIDTH: tl.constexpr, E: tl.constexpr):
 
 
 @triton.jit
-def score_rows(x, x_rest, rows, E: tl.constexpr, WIDTH: tl.constexpr, REST: tl.constexpr):
-    """x[m] @ rows[n], in float32."""
-    scores = tl.dot(x, tl.trans(load_tile(rows, 0, WIDTH, E)), input_precision="ieee")
+def score_rows(
+    x, x_rest, rows,
+    E: tl.constexpr, WIDTH: tl.constexpr, REST: tl.constexpr,
+    is_row=None,
+):  # fmt: skip
+    """x[m] @ rows[n], in float32; 0 where not is_row (None: all are)."""
+    scores = tl.dot(x, tl.trans(load_tile(rows, 0, WIDTH, E, is_row)), input_precision="ieee")
     if REST > 0:
-        rest = load_tile(rows, WIDTH, REST, E)
+        rest = load_tile(rows, WIDTH, REST, E, is_row)
         scores = tl.dot(x_rest, tl.trans(rest), scores, input_precision="ieee")
     return scores
 
@@ -69,9 +75,12 @@ def score_rows(x, x_rest, rows, E: tl.constexpr, WIDTH: tl.constexpr, REST: tl.c
 def rows_from(ptr, first, count, stride, BLOCK: tl.constexpr):
     """Pointers to rows first .. first + BLOCK - 1; one past the last of ``count`` repeats it.
 
-    Only the way to the block is long: within it 32 bits do, which need half the registers.
+    Without a count, all of them exist. Only the way to the block is long: within it 32 bits do,
+    which need half the registers.
     """
-    within = tl.minimum(tl.arange(0, BLOCK), count - 1 - first)
+    within = tl.arange(0, BLOCK)
+    if count is not None:
+        within = tl.minimum(within, count - 1 - first)
     return ptr + tl.cast(first, tl.int64) * stride + within * stride
 
 

@@ -16,8 +16,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...errors import UnsupportedInputError
 from ._device import INTERPRETED, round_to
+from ._heads import (
+    count_keys,
+    expect_head_dim,
+    load_tile,
+    rows_from,
+    score_rows,
+    split_head_dim,
+    strides_in_units,
+)
 from ._launch import INTERPRETER, CompileCase, Device, TuneCase, choose, device_of
 
 # beyond it the running sums of a block of queries no longer fit the registers
@@ -57,41 +65,6 @@ def head_mean_setting(itemsize: int, head_dim: int) -> AttentionSetting:
     return AttentionSetting(64, 32, 8, 2)
 
 
-def split_head_dim(head_dim: int) -> tuple[int, int]:
-    """A head as a power of two and a smaller one: 72 = 64 + 16 wastes 8 channels, 128 wastes 56."""
-    width = max(16, triton.next_power_of_2(head_dim + 1) // 2)
-    rest = max(16, triton.next_power_of_2(head_dim - width)) if head_dim > width else 0
-    return (2 * width, 0) if rest == width else (width, rest)
-
-
-@triton.jit
-def _load_tile(rows, is_row, FIRST: tl.constexpr, WIDTH: tl.constexpr, E: tl.constexpr):
-    """x[m, c] = rows[m][FIRST + c], 0 past the E channels or where not is_row (None: all are)."""
-    cols = FIRST + tl.arange(0, WIDTH)
-    ptrs = rows[:, None] + cols[None, :]
-    if is_row is not None:
-        x = tl.load(ptrs, mask=is_row[:, None] & (cols < E)[None, :], other=0.0)
-    elif FIRST + WIDTH > E:
-        x = tl.load(ptrs, mask=(cols < E)[None, :], other=0.0)
-    else:
-        x = tl.load(ptrs)
-    if INTERPRETED:
-        # the interpreter would multiply the bit patterns of bfloat16
-        x = x.to(tl.float32)
-    return x
-
-
-@triton.jit
-def _score(q, q_rest, key_rows, is_key, E: tl.constexpr, WIDTH: tl.constexpr, REST: tl.constexpr):
-    """q[m] @ keys[n]: the head is WIDTH channels and REST more, each a power of two."""
-    keys = _load_tile(key_rows, is_key, 0, WIDTH, E)
-    scores = tl.dot(q, tl.trans(keys), input_precision="ieee")
-    if REST > 0:
-        keys = _load_tile(key_rows, is_key, WIDTH, REST, E)
-        scores = tl.dot(q_rest, tl.trans(keys), scores, input_precision="ieee")
-    return scores
-
-
 @triton.jit
 def _attend_block(
     q, q_rest, out, out_rest, peak, total, moment, key_ptr, value_ptr, first_key,
@@ -100,14 +73,11 @@ def _attend_block(
     REST: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Add one block of keys to the running sums; scores are in bits, to the base 2."""
-    keys = tl.arange(0, BLOCK_N)
-    is_key = keys < num_keys - first_key
+    is_key = tl.arange(0, BLOCK_N) < num_keys - first_key
     is_row = None if IS_WHOLE else is_key
-    # only the way to the block is long: within it 32 bits do, which need half the registers
-    first = tl.cast(first_key, tl.int64)
-    key_rows = key_ptr + first * stride_kn + keys * stride_kn
-    value_rows = value_ptr + first * stride_vn + keys * stride_vn
-    scores = _score(q, q_rest, key_rows, is_row, E, WIDTH, REST) * scale
+    key_rows = rows_from(key_ptr, first_key, None, stride_kn, BLOCK_N)
+    value_rows = rows_from(value_ptr, first_key, None, stride_vn, BLOCK_N)
+    scores = score_rows(q, q_rest, key_rows, E, WIDTH, REST, is_row) * scale
     if not IS_WHOLE:
         scores = tl.where(is_key[None, :], scores, float("-inf"))
 
@@ -126,21 +96,12 @@ def _attend_block(
     p = round_to(p, value_ptr.dtype.element_ty)
     if INTERPRETED:
         p = p.to(tl.float32)
-    values = _load_tile(value_rows, is_row, 0, WIDTH, E)
+    values = load_tile(value_rows, 0, WIDTH, E, is_row)
     out = tl.dot(p, values, out * shrink[:, None], input_precision="ieee")
     if REST > 0:
-        values = _load_tile(value_rows, is_row, WIDTH, REST, E)
+        values = load_tile(value_rows, WIDTH, REST, E, is_row)
         out_rest = tl.dot(p, values, out_rest * shrink[:, None], input_precision="ieee")
     return out, out_rest, new_peak, total, moment
-
-
-@triton.jit
-def _count_keys(lengths_ptr, batch, N):
-    """How many keys the sample has."""
-    num_keys = N
-    if lengths_ptr is not None:
-        num_keys = tl.minimum(tl.maximum(tl.load(lengths_ptr + batch), 0), N)
-    return num_keys
 
 
 @triton.jit
@@ -152,10 +113,7 @@ def _attend_head(
     UNIT: tl.constexpr, E: tl.constexpr, WIDTH: tl.constexpr, REST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """A block of queries of one head over all its keys; entropy_ptrs may be None.
-
-    Strides count UNITs, so that what is copied at once stays known: 72 is no multiple of 16.
-    """
+    """A block of queries of one head over all its keys; entropy_ptrs may be None."""
     is_query = queries < S
     # a query that does not exist reads the last one: no mask
     query = tl.minimum(queries, S - 1).to(tl.int64)
@@ -165,8 +123,8 @@ def _attend_head(
     stride_kn *= UNIT
     stride_vn *= UNIT
     WITH_MOMENT: tl.constexpr = entropy_ptrs is not None
-    q = _load_tile(query_rows, None, 0, WIDTH, E)
-    q_rest = _load_tile(query_rows, None, WIDTH, REST, E) if REST > 0 else None
+    q = load_tile(query_rows, 0, WIDTH, E)
+    q_rest = load_tile(query_rows, WIDTH, REST, E) if REST > 0 else None
     out = tl.zeros((BLOCK_M, WIDTH), dtype=tl.float32)
     # what is not wanted is carried along unchanged, which the compiler drops
     out_rest = tl.zeros((BLOCK_M, REST if REST > 0 else 1), dtype=tl.float32)
@@ -234,7 +192,7 @@ def _attention_kernel(
     entropy_ptrs = None if entropy_ptr is None else entropy_ptr + pair * S + queries
     _attend_head(
         query_ptr, key_ptr, value_ptr, out_ptr, lse_ptr, entropy_ptrs, batch, pair % H, queries,
-        S, H, _count_keys(lengths_ptr, batch, N), scale,
+        S, H, count_keys(lengths_ptr, batch, N), scale,
         stride_qb, stride_qs, stride_qh, stride_kb, stride_kn, stride_kh,
         stride_vb, stride_vn, stride_vh,
         UNIT, E, WIDTH, REST, BLOCK_M, BLOCK_N,
@@ -259,7 +217,7 @@ def _attention_head_mean_kernel(
     first_query = tl.program_id(0) % num_blocks * BLOCK_M
     batch = (tl.program_id(0) // num_blocks).to(tl.int64)
     queries = first_query + tl.arange(0, BLOCK_M)
-    num_keys = _count_keys(lengths_ptr, batch, N)
+    num_keys = count_keys(lengths_ptr, batch, N)
     for head in range(H):
         _attend_head(
             query_ptr, key_ptr, value_ptr, out_ptr, lse_ptr, None, batch, head, queries,
@@ -282,9 +240,10 @@ def _attention_head_mean_kernel(
         total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
         for head in range(H):
             rows = query_rows + head * stride_qh * UNIT
-            q = _load_tile(rows, None, 0, WIDTH, E)
-            q_rest = _load_tile(rows, None, WIDTH, REST, E) if REST > 0 else None
-            scores = _score(q, q_rest, key_rows + head * stride_kh * UNIT, is_key, E, WIDTH, REST)
+            q = load_tile(rows, 0, WIDTH, E)
+            q_rest = load_tile(rows, WIDTH, REST, E) if REST > 0 else None
+            head_rows = key_rows + head * stride_kh * UNIT
+            scores = score_rows(q, q_rest, head_rows, E, WIDTH, REST, is_key)
             lse = tl.load(lse_ptr + (batch * H + head) * S + query)
             total += tl.exp2(scores * scale - (lse / LN_2)[:, None])
         p = tl.where(is_key[None, :], total / H, 0.0)
@@ -341,24 +300,20 @@ def _launch(
 ) -> tuple[Tensor, Tensor]:
     """Launch a kernel that fills out, the log-sum-exp and ``entropy``."""
     B, S, H, E = query.shape
-    if E > MAX_HEAD_DIM:
-        raise UnsupportedInputError(
-            f"attention{'' if entropy is None else '_with_entropy'}: query must have at most "
-            f"{MAX_HEAD_DIM} channels a head for backend 'triton', got {E}"
-        )
+    op = "attention" if entropy is None else "attention_with_entropy"
+    expect_head_dim(op, E, MAX_HEAD_DIM)
     out = query.new_empty(B, S, H, E)
     lse = query.new_empty(B, H, S, dtype=torch.float32)
     if out.numel() == 0:
         return out, lse
-    strides = [stride for x in (query, key, value) for stride in x.stride()[:3]]
-    unit = gcd(16, *strides)
+    unit, strides = strides_in_units(query, key, value)
     width, rest = split_head_dim(E)
     heads_apart = 1 if kernel is _attention_head_mean_kernel else H
     kernel[(ceil(S / setting.block_m) * B * heads_apart,)](
         query, key, value, key_lengths, out, lse, entropy,
         key.shape[1], S, H,
         softmax_scale / log(2),
-        *(stride // unit for stride in strides),
+        *strides,
         UNIT=unit, E=E, WIDTH=width, REST=rest,
         BLOCK_M=setting.block_m, BLOCK_N=setting.block_n,
         num_warps=setting.num_warps, num_stages=setting.num_stages,
