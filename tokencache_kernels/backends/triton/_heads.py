@@ -75,7 +75,7 @@ def score_rows(
 def rows_from(ptr, first, count, stride, BLOCK: tl.constexpr):
     """Pointers to rows first .. first + BLOCK - 1; one past the last of ``count`` repeats it.
 
-    Without a count, all of them exist. Only the way to the block is long: within it 32 bits do,
+    Without a count, none is repeated. Only the way to the block is long: within it 32 bits do,
     which need half the registers.
     """
     within = tl.arange(0, BLOCK)
