@@ -8,6 +8,8 @@ import torch
 from tokencache_kernels.cli import main
 from tokencache_kernels.demo import compare, drawing
 from tokencache_kernels.demo.data import load_digits
+from tokencache_kernels.demo.methods import Method
+from tokencache_kernels.policies import TablePredictor, TokenCacheConfig
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +137,22 @@ def test_other_settings_have_digits_of_their_own(run_compare, drawn, arguments, 
     assert len(drawn) == 4
     first = 7 if "--seeds" in arguments else 0
     assert drawn[0] == (2, [first, first + 1])
+
+
+# CPU memory that numpy knows nothing of stands for a GPU's
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_digits_have_a_place_by_what_the_predictor_says(weights, tmp_path, dtype):
+    predictor = TablePredictor(6, 256, 2).to(dtype)
+    predictor.importance.zero_()
+    method = Method("tokencache", "TokenCache", 2, 2, TokenCacheConfig(predictor, 2))
+    place = drawing.Drawing(4, 0, 2, 2, 1.5, torch.device("cpu"), weights, tmp_path)
+
+    paths = []
+    for value in (0, 0, 1):
+        predictor.logits.data.fill_(value)
+        paths.append(place.path(method, range(2)))
+
+    assert paths[0] == paths[1] != paths[2]
 
 
 @pytest.mark.parametrize(

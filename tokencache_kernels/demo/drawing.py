@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 from torch import Tensor
 
 from .. import settings
@@ -66,8 +66,8 @@ class Drawing:
         way = settings.backend(), self.device.type, self.batch, torch.get_num_threads()
         facts.update(repr((method.policy, *way, __version__, torch.__version__)).encode())
         if isinstance(method.policy, TokenCacheConfig):
-            for value in method.policy.predictor.state_dict().values():
-                facts.update(value.numpy().tobytes())
+            # on whatever device: a run takes the predictor to the model's
+            facts.update(save(method.policy.predictor.state_dict()))
         folder = (
             f"{method.name}-of-{self.steps}-steps-guidance-{self.guidance:g}"
             f"-{facts.hexdigest()[:12]}"
