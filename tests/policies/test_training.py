@@ -266,6 +266,15 @@ def spoil_with_foreign_tensors(path):
     save_file({"weight": torch.zeros(2)}, path)
 
 
+def rewrite(change):
+    def spoil(path):
+        tensors, metadata = load_safetensors(path, "test", "checkpoint", FORMAT)
+        change(tensors, metadata)
+        save_file(tensors, path, metadata)
+
+    return spoil
+
+
 def spoil_by_folder(path):
     path.unlink()
     path.mkdir()
@@ -278,6 +287,16 @@ def spoil_by_folder(path):
         (spoil_with_pickle, "checkpoint must be a whole safetensors file, got"),
         (spoil_with_foreign_tensors, "checkpoint must be a tokencache_kernels training checkpoint"),
         (spoil_by_folder, "checkpoint must be a whole safetensors file, got"),
+        (rewrite(lambda tensors, _: tensors.pop("generator")), "checkpoint must hold a whole run"),
+        (rewrite(lambda _, metadata: metadata.pop("facts")), "checkpoint must hold a whole run"),
+        (
+            rewrite(lambda _, metadata: metadata.update(history="[]")),
+            "checkpoint must hold a whole run",
+        ),
+        (
+            rewrite(lambda tensors, _: tensors.update({"optimizer/0/exp_avg": torch.zeros(2)})),
+            "checkpoint must hold the optimizer's state of the module",
+        ),
     ],
 )
 def test_a_checkpoint_that_is_none_is_refused_and_left_alone(tmp_path, spoil, sentence):

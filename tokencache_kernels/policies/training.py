@@ -198,7 +198,13 @@ def _resume(
 ) -> list[dict[str, float]]:
     """Put the run where the checkpoint was saved, once all of it is known to fit."""
     tensors, metadata = load_safetensors(path, "train_module", "checkpoint", FORMAT)
-    saved = json.loads(metadata["facts"])
+    try:
+        saved = json.loads(metadata["facts"])
+        history: list[dict[str, float]] = json.loads(metadata["history"])
+        # the first save wrote a line
+        drawn, _ = tensors["generator"], history[-1]["step"]
+    except (KeyError, IndexError, ValueError):
+        fail("train_module", "checkpoint", "hold a whole run", path)
     for name in sorted({*saved, *facts}):
         if saved.get(name) != facts.get(name):
             wanted, got = (
@@ -218,11 +224,15 @@ def _resume(
     expected = {name: value.shape for name, value in module.state_dict().items()}
     if {name: value.shape for name, value in values.items()} != expected:
         fail("train_module", "checkpoint", "hold the tensors of the module", path)
+    shapes = [p.shape for group in optimizer.param_groups for p in group["params"]]
+    for place, state in states.items():
+        for value in state.values():
+            if place >= len(shapes) or value.shape not in ((), shapes[place]):
+                fail("train_module", "checkpoint", "hold the optimizer's state of the module", path)
     module.load_state_dict(values)
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": states, "param_groups": groups})
-    generator.set_state(tensors["generator"])
-    history: list[dict[str, float]] = json.loads(metadata["history"])
+    generator.set_state(drawn)
     return history
 
 
