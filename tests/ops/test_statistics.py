@@ -354,10 +354,14 @@ def test_no_map_is_held():
 
     received = peak_mib(lambda: ops.attention_received(x, x, backend="reference"))
     entropy = peak_mib(lambda: ops.attention_entropy(x, x, backend="reference"))
+    attended = peak_mib(
+        lambda: ops.attention_with_entropy(x, x, x, head_mean=True, backend="reference")
+    )
     explicit = peak_mib(lambda: explicit_map(x[:, :, :1], x[:, :, :1].clone()))
 
     assert received < one_map / 8
     assert entropy < one_map / 8
+    assert attended < one_map / 2
     # what it would be, seen the same way: one head in bfloat16
     assert explicit > one_map / 2
 
