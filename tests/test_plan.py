@@ -97,6 +97,9 @@ def test_the_published_schedule_of_pixart(plan):
         assert (steps[step]["main mlp"][0], steps[step]["main mlp"][-1]) == mlp
     assert totals["published"]["TFLOP"] == pytest.approx(5.76, rel=0.003)
     assert totals["published"]["times fewer FLOPs"] == 1.94
+    # keys and values of 2 x 20 text tokens in 28 layers, in two bytes
+    assert totals["ours"]["text, MiB"] == pytest.approx(2 * 28 * 40 * 1152 * 2 / 2**20, abs=0.05)
+    assert list(totals["ours"])[-1] == "cache, GB"
 
 
 def test_the_published_schedule_of_opensora(plan):

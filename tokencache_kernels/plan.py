@@ -224,6 +224,8 @@ def _totals(plan: Plan, memory: dict[str, int]) -> dict[str, str]:
 
 def _print_columns(columns: dict[str, dict[str, str]]) -> None:
     rows = dict.fromkeys(row for column in columns.values() for row in column)
+    # the sum comes last, whatever either column has above it
+    rows["cache, GB"] = rows.pop("cache, GB")
     print(f"{'':20}" + "".join(f"{title:>12}" for title in columns))
     for row in rows:
         cells = (column.get(row, "-") for column in columns.values())
