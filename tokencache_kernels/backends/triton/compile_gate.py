@@ -300,7 +300,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``compile-report``."""
     parser.description = "Compile every Triton kernel for GPUs that need not be here."
     parser.add_argument(
-        "--arch", default="sm_90", choices=["all", *ARCHITECTURES], help="default: sm_90"
+        "--arch",
+        nargs="+",
+        default=["sm_90"],
+        choices=["all", *ARCHITECTURES],
+        help="default: sm_90",
     )
     parser.add_argument("--kernel", help="only kernels whose name contains this")
     parser.add_argument("--jobs", type=int, default=2, help="processes; default: 2")
@@ -319,7 +323,7 @@ def run(options: argparse.Namespace) -> int:
     if options.native:
         return _report_native(options.kernel, options.check)
     start = time.monotonic()
-    archs = list(ARCHITECTURES) if options.arch == "all" else [options.arch]
+    archs = list(ARCHITECTURES) if "all" in options.arch else options.arch
     jobs = find_jobs(None, archs, options.kernel)
     if not jobs:
         print(f"compile-report: --kernel must be part of a kernel's name, got {options.kernel!r}")
