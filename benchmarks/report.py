@@ -19,7 +19,10 @@ def write_quality_table():
     """Policies of the demo's model: how good the digits are, what they cost, what that shows."""
     comparison = json.loads(COMPARISON.read_text())
     verdicts = [f"- {verdict}" for verdict in comparison["verdicts"]]
-    return "\n".join([*make_table(comparison["records"]), *([""] if verdicts else []), *verdicts])
+    # the verdicts are what most readers want of so many rows
+    table = ["<details><summary>Every policy, in figures</summary>", ""]
+    table += [*make_table(comparison["records"]), "", "</details>"]
+    return "\n".join([*verdicts, *([""] if verdicts else []), *table])
 
 
 TABLES = {"quality": write_quality_table}
