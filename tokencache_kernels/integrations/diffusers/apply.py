@@ -26,10 +26,10 @@ def apply_token_cache(transformer: nn.Module, config: Policy, *, backend: str = 
     """Make a diffusers transformer follow a token-caching policy from its next call on.
 
     Full steps run the model's own code, with our attention where a later step selects by the
-    attention that tokens receive; partial steps recompute the MLP (on PixArt also the cross-attention, and on DiT
-    the self-attention where the policy wants it) of the selected tokens through
-    ``tokencache_kernels.ops`` and reuse everything else. Steps are counted per cache context
-    (``token_cache_context``); after ``config.num_inference_steps`` calls a new run begins.
+    attention that tokens receive; partial steps recompute the MLP (on PixArt also the
+    cross-attention, and on DiT the self-attention where the policy wants it) of the selected tokens
+    through ``tokencache_kernels.ops`` and reuse everything else. Steps are counted per cache
+    context (``token_cache_context``); after ``config.num_inference_steps`` calls a new run begins.
 
     Args:
         transformer: a ``DiTTransformer2DModel``, ``FluxTransformer2DModel`` or
