@@ -51,7 +51,9 @@ def attention_settings(
         return [AttentionSetting(32, 16, 4, 1)]
     if device.arch not in (90, 100) and head_dim > 80:
         # the older tensor cores take their operands from registers
-        return [AttentionSetting(128, 32, 8, 3), AttentionSetting(64, 32, 8, 2)]
+        settings = [AttentionSetting(128, 32, 8, 3), AttentionSetting(64, 32, 8, 2)]
+        # with the entropy's sums beside the output, the smaller tile spills on sm_86 and sm_89
+        return settings[:1] if with_entropy else settings
     settings = [AttentionSetting(128, 64, 8, 3), AttentionSetting(64, 32, 4, 3)]
     if device.arch == 90 and not with_entropy:
         settings.insert(1, AttentionSetting(128, 128, 8, 2))
@@ -61,7 +63,8 @@ def attention_settings(
 def head_mean_setting(itemsize: int, head_dim: int) -> AttentionSetting:
     """The one setting of the kernel that takes all heads: a larger tile spills somewhere."""
     if itemsize == 4:
-        return AttentionSetting(16 if split_head_dim(head_dim)[1] else 32, 16, 4, 1)
+        is_split = split_head_dim(head_dim)[1] > 0
+        return AttentionSetting(16, 16, 8, 1) if is_split else AttentionSetting(32, 16, 4, 1)
     return AttentionSetting(64, 32, 8, 2)
 
 
