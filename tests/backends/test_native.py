@@ -7,7 +7,7 @@ import torch
 
 from tokencache_kernels import backends, info, settings
 from tokencache_kernels.backends import native, reference
-from tokencache_kernels.backends.native import library
+from tokencache_kernels.backends.native import loading
 from tokencache_kernels.errors import BackendUnavailableError
 from tokencache_kernels.ops import gather_rows
 from tokencache_kernels.testing import assert_within_budget, in_float64, randn, random_indices
@@ -172,12 +172,12 @@ def outputs_of(backend, op, inputs):
 def keeps_instructions():
     before = native.cpu_instructions()
     yield
-    library.OPS.use_cpu_instructions(before)
+    loading.OPS.use_cpu_instructions(before)
 
 
 @pytest.fixture(params=settings.CPU_INSTRUCTIONS)
 def instructions(request, keeps_instructions):
-    if not library.OPS.use_cpu_instructions(request.param):
+    if not loading.OPS.use_cpu_instructions(request.param):
         pytest.skip(f"this processor lacks {request.param}")
 
 
@@ -241,7 +241,7 @@ def test_the_exponential_is_within_two_roundings(instructions, dtype, lowest, hi
 def test_the_instructions_are_those_asked_for(monkeypatch, keeps_instructions):
     monkeypatch.setenv("TOKENCACHE_CPU_INSTRUCTIONS", "portable")
 
-    reason = library.load_library.__wrapped__()
+    reason = loading.load_library.__wrapped__()
 
     assert reason is None
     assert native.cpu_instructions() == "portable"
@@ -252,9 +252,9 @@ def test_the_instructions_are_those_asked_for(monkeypatch, keeps_instructions):
 def test_instructions_that_the_processor_lacks_are_named_as_the_reason(monkeypatch):
     lacks_all = SimpleNamespace(use_cpu_instructions=lambda name: False)
     monkeypatch.setenv("TOKENCACHE_CPU_INSTRUCTIONS", "avx512")
-    monkeypatch.setattr(library, "OPS", lacks_all)
+    monkeypatch.setattr(loading, "OPS", lacks_all)
 
-    reason = library.load_library.__wrapped__()
+    reason = loading.load_library.__wrapped__()
 
     assert reason == (
         "TOKENCACHE_CPU_INSTRUCTIONS must name instructions that this processor has, got 'avx512'"
@@ -263,11 +263,11 @@ def test_instructions_that_the_processor_lacks_are_named_as_the_reason(monkeypat
 
 @needs_library
 def test_unknown_instructions_are_refused(monkeypatch):
-    assert not library.OPS.use_cpu_instructions("avx1024")
+    assert not loading.OPS.use_cpu_instructions("avx1024")
 
     monkeypatch.setenv("TOKENCACHE_CPU_INSTRUCTIONS", "avx1024")
     with pytest.raises(ValueError, match=r"INSTRUCTIONS must be one of portable, .*'avx1024'"):
-        library.load_library.__wrapped__()
+        loading.load_library.__wrapped__()
 
 
 @needs_library
@@ -281,7 +281,7 @@ def test_auto_on_the_cpu_takes_the_native_library(monkeypatch):
 def test_a_missing_cuda_half_is_named_as_the_reason(monkeypatch, tmp_path):
     monkeypatch.setattr(native, "load_library", lambda: None)
     monkeypatch.setenv("TOKENCACHE_NATIVE_LIBRARY", str(tmp_path / "native.so"))
-    monkeypatch.setattr(native, "load_cuda_library", library.load_cuda_library.__wrapped__)
+    monkeypatch.setattr(native, "load_cuda_library", loading.load_cuda_library.__wrapped__)
 
     reason = native.unavailable(torch.device("cuda"), torch.float32)
 
@@ -322,8 +322,8 @@ def test_float64_on_a_gpu_is_left_to_the_reference():
 
 def test_a_library_that_was_not_built_is_named_as_the_reason(monkeypatch, tmp_path):
     monkeypatch.delenv("TOKENCACHE_NATIVE_LIBRARY", raising=False)
-    monkeypatch.setattr(library, "_PACKAGE", tmp_path)
-    monkeypatch.setattr(native, "load_library", library.load_library.__wrapped__)
+    monkeypatch.setattr(loading, "_PACKAGE", tmp_path)
+    monkeypatch.setattr(native, "load_library", loading.load_library.__wrapped__)
 
     with pytest.raises(BackendUnavailableError, match=r"gather_rows: .*'native'.* was not built"):
         gather_rows(randn(1, 3, 4), random_indices(1, 3, 2), backend="native")
@@ -332,7 +332,7 @@ def test_a_library_that_was_not_built_is_named_as_the_reason(monkeypatch, tmp_pa
 def test_a_library_path_that_does_not_fit_is_named_as_the_reason(monkeypatch, tmp_path):
     not_a_library = tmp_path / "native.so"
     not_a_library.write_text("text")
-    load = library.load_library.__wrapped__
+    load = loading.load_library.__wrapped__
 
     monkeypatch.setenv("TOKENCACHE_NATIVE_LIBRARY", str(tmp_path / "missing.so"))
     missing = load()

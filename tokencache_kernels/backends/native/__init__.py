@@ -4,14 +4,14 @@ import torch
 
 from .attention import attention
 from .blend import blend, blend_backward
-from .library import (
+from .linear import linear, linear_scatter_
+from .loading import (
     build_info,
     cpu_instructions,
     library_path,
     load_cuda_library,
     load_library,
 )
-from .linear import linear, linear_scatter_
 from .mlp import mlp_
 from .modulate import add_branches, gather_modulate, row_pass
 from .project import project_qkv_

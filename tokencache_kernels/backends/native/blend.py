@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from .library import OPS
+from .loading import OPS
 
 
 def blend(cached: Tensor, fresh: Tensor, weight: Tensor) -> Tensor:

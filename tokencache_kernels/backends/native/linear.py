@@ -13,7 +13,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ... import settings
 from ..reference.linear import ACTIVATIONS
-from .library import OPS
+from .loading import OPS
 from .rows import gather_rows, scatter_rows_
 
 # what oneDNN calls an activation, and which kind of it

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from ..reference import QkNorm
-from .library import OPS
 from .linear import linear
+from .loading import OPS
 from .rows import scatter_rows_
 
 

@@ -6,7 +6,7 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-from .library import cuda_library_path
+from .loading import cuda_library_path
 
 # template arguments as the compiler writes them in a kernel's name; numbers stay numbers
 _ARGUMENT = r"__half|__nv_bfloat16|uint4|(?<=I)[fmjth]|(?<=Li)\d+"

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from .library import OPS
+from .loading import OPS
 
 
 def gather_rows(hidden_states: Tensor, indices: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from .library import OPS
+from .loading import OPS
 
 
 def select_tokens_(

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .library import OPS
+from .loading import OPS
 
 
 def attention_received(
