@@ -12,7 +12,7 @@ from ...errors import UnsupportedInputError
 from ...ops._checks import fail
 from ...policies import Policy
 from . import dit, flux, pixart
-from .hooks import HOOK_NAME
+from .hooks import HOOK_NAME, announce_hooks
 
 # the model classes supported, by name, and what attaches a policy to each
 _SUPPORTED = {
@@ -62,6 +62,7 @@ def apply_token_cache(transformer: nn.Module, config: Policy, *, backend: str = 
     if depth != len(blocks):
         fail("apply_token_cache", "config", f"be for {len(blocks)} blocks", f"one for {depth}")
     adapter.attach(transformer, config, backend)
+    announce_hooks(transformer)
 
 
 def remove_token_cache(transformer: nn.Module) -> None:

@@ -346,6 +346,14 @@ def register(module: nn.Module, hook: ModelHook) -> None:
     HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, HOOK_NAME)
 
 
+def announce_hooks(transformer: nn.Module) -> None:
+    """Let cache contexts reach hooks on parts of a transformer that has run in contexts before.
+
+    diffusers lists the hooked parts when a context is first entered, and keeps the list.
+    """
+    HookRegistry.check_if_exists_or_initialize(transformer)._child_registries_cache = None
+
+
 def register_score_hook(attention: Any, contexts: Contexts, hook: ScoreHook) -> None:
     """Put the hook on an attention, and taps on what it scores by."""
     register(attention, hook)
