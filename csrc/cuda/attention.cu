@@ -1,8 +1,11 @@
 #include "cuda/attention.h"
+
+#include <cfloat>
+
 #include "cuda/heads.cuh"
 
 // The map is made 64 queries by 64 keys at a time, and never whole: a query keeps the largest score
-// so far, and its sums relative to that.
+// so far, and its sums relative to that. The entropy of its row is one more of these sums.
 namespace tokencache {
 namespace {
 
@@ -14,15 +17,22 @@ __device__ float fast_exp(float x) { return exp2f(x * 1.44269504f); }
 // What a query has seen so far of its row of the map.
 struct RunningSoftmax {
   float max = -INFINITY;
-  float sum = 0;  // of the weights relative to max
+  float sum = 0;     // of the weights relative to max
+  float moment = 0;  // of weight * (score - max), for the entropy
 
   // Takes a larger max; returns what was summed before is to be multiplied by.
   __device__ float raise(float to) {
-    const float before = max;
+    const float before = max, origin_before = origin();
     max = fmaxf(max, to);
     const float factor = fast_exp(before - origin());
+    moment = (moment + sum * (origin_before - origin())) * factor;
     sum *= factor;
     return factor;
+  }
+
+  // What a key adds to the moment; one that is not there, with a score of -inf: 0.
+  __device__ static float moment_of(float weight, float score) {
+    return weight * fmaxf(score, -FLT_MAX);
   }
 
   // What scores are relative to: also where all of them are -inf, their weights are to be 0.
@@ -31,9 +41,21 @@ struct RunningSoftmax {
   __device__ float inverse() const { return sum == 0 ? 0.0f : 1.0f / sum; }
 
   __device__ float lse() const { return max + logf(sum); }
+
+  // -sum p log p, no difference of large numbers. No key at all: 0.
+  __device__ float entropy() const { return sum == 0 ? 0.0f : logf(sum) - moment / sum; }
 };
 
-template <class T, int Width>
+// The log-sum-exp of a query's row and, WithEntropy, its entropy.
+template <bool WithEntropy>
+__device__ void store_sums(const AttentionParams& p, int64_t b, int64_t h, int64_t s,
+                           const RunningSoftmax& softmax) {
+  const int64_t row = (b * p.map.H + h) * p.map.S + s;
+  static_cast<float*>(p.lse)[row] = softmax.lse();
+  if constexpr (WithEntropy) static_cast<float*>(p.entropy)[row] = softmax.entropy();
+}
+
+template <class T, int Width, bool WithEntropy>
 __global__ void __launch_bounds__(kHeadThreads, kHeadBlocks) attention_kernel(AttentionParams p) {
   extern __shared__ uint4 shared[];
   using Rows = HeadRows<T, Width>;
@@ -86,16 +108,19 @@ __global__ void __launch_bounds__(kHeadThreads, kHeadBlocks) attention_kernel(At
       }
       const float factor_before = softmax[half].raise(max_of_row(max));
       const float origin = softmax[half].origin();
-      float sum = 0;  // shorter sums round less
+      float sum = 0, moment = 0;  // shorter sums round less
 #pragma unroll
       for (int j = 0; j < kHeadRows / 8; ++j) {
 #pragma unroll
         for (int i = 2 * half; i < 2 * half + 2; ++i) {
-          weights[j][i] = fast_exp(weights[j][i] - origin);
+          const float score = weights[j][i] - origin;
+          weights[j][i] = fast_exp(score);
           sum += weights[j][i];
+          if constexpr (WithEntropy) moment += RunningSoftmax::moment_of(weights[j][i], score);
         }
       }
       softmax[half].sum += sum;  // this lane's; all four are added at the end
+      softmax[half].moment += moment;
 #pragma unroll
       for (int j = 0; j < Width / 8; ++j) {
         sums[j][2 * half] *= factor_before;
@@ -110,9 +135,10 @@ __global__ void __launch_bounds__(kHeadThreads, kHeadBlocks) attention_kernel(At
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     softmax[half].sum = sum_of_row(softmax[half].sum);
+    softmax[half].moment = sum_of_row(softmax[half].moment);
     const int64_t s = first_query + threadIdx.x / 32 * 16 + lane / 4 + half * 8;
     if (s >= map.S) continue;
-    if (lane % 4 == 0) p.lse[(b * map.H + h) * map.S + s] = softmax[half].lse();
+    if (lane % 4 == 0) store_sums<WithEntropy>(p, b, h, s, softmax[half]);
     if (p.out == nullptr) continue;
     T* out = static_cast<T*>(p.out) + ((b * map.S + s) * map.H + h) * map.E;
     const float inverse = softmax[half].inverse();
@@ -129,7 +155,7 @@ __global__ void __launch_bounds__(kHeadThreads, kHeadBlocks) attention_kernel(At
 
 // For float32, wide heads and rows that begin anywhere. A warp has a query: a lane weighs every
 // 32nd key, and sums every 32nd element of the values.
-template <class T>
+template <class T, bool WithEntropy>
 __global__ void __launch_bounds__(32 * kPlainWarps) plain_attention_kernel(AttentionParams p) {
   extern __shared__ uint4 shared[];
   const AttentionMapParams& map = p.map;
@@ -152,8 +178,12 @@ __global__ void __launch_bounds__(32 * kPlainWarps) plain_attention_kernel(Atten
     const float score =
         n < num_keys ? dot(query, key + n * map.stride_key_n, map.E) * scale : -INFINITY;
     const float factor = softmax.raise(max_of_warp(score));
-    const float weight = fast_exp(score - softmax.origin());
+    const float relative = score - softmax.origin();
+    const float weight = fast_exp(relative);
     softmax.sum += sum_of_warp(weight);
+    if constexpr (WithEntropy) {
+      softmax.moment += sum_of_warp(RunningSoftmax::moment_of(weight, relative));
+    }
     const int count = static_cast<int>(num_keys - first_key < 32 ? num_keys - first_key : 32);
     for (int64_t first_e = 0; first_e < num_elements; first_e += 32) {
       const int64_t e = first_e + lane;
@@ -166,7 +196,7 @@ __global__ void __launch_bounds__(32 * kPlainWarps) plain_attention_kernel(Atten
       if (is_there) sums[e] = sum;
     }
   }
-  if (lane == 0) p.lse[(b * map.H + h) * map.S + s] = softmax.lse();
+  if (lane == 0) store_sums<WithEntropy>(p, b, h, s, softmax);
   T* out = static_cast<T*>(p.out) + ((b * map.S + s) * map.H + h) * map.E;
   for (int64_t e = lane; e < num_elements; e += 32) {
     out[e] = from_float<T>(sums[e] * softmax.inverse());
@@ -180,9 +210,8 @@ bool is_aligned(const AttentionParams& p) {
                           p.stride_value_n * size, p.stride_value_h * size) == 16;
 }
 
-}  // namespace
-
-cudaError_t attention_cuda(const AttentionParams& p, cudaStream_t stream) {
+template <bool WithEntropy>
+cudaError_t launch(const AttentionParams& p, cudaStream_t stream) {
   const AttentionMapParams& map = p.map;
   return with_type(map.type, [&](auto one) {
     using T = decltype(one);
@@ -190,7 +219,7 @@ cudaError_t attention_cuda(const AttentionParams& p, cudaStream_t stream) {
       if (is_aligned(p)) {
         return with_head_width(map.E, [&](auto width) {
           constexpr int kBytes = 5 * sizeof(HeadRows<T, decltype(width)::value>);
-          auto* kernel = attention_kernel<T, decltype(width)::value>;
+          auto* kernel = attention_kernel<T, decltype(width)::value, WithEntropy>;
           const cudaError_t error = allow_shared(kernel, kBytes);
           if (error != cudaSuccess) return error;
           const dim3 grid = grid_of_heads(map.S, kHeadRows, map);
@@ -199,13 +228,19 @@ cudaError_t attention_cuda(const AttentionParams& p, cudaStream_t stream) {
         });
       }
     }
-    auto* kernel = plain_attention_kernel<T>;
+    auto* kernel = plain_attention_kernel<T, WithEntropy>;
     const int64_t bytes = kPlainWarps * map.E * int64_t{sizeof(float)};
     if (const cudaError_t error = allow_shared(kernel, bytes); error != cudaSuccess) return error;
     const dim3 grid = grid_of_heads(map.S, kPlainWarps, map);
     kernel<<<grid, 32 * kPlainWarps, bytes, stream>>>(p);
     return cudaGetLastError();
   });
+}
+
+}  // namespace
+
+cudaError_t attention_cuda(const AttentionParams& p, cudaStream_t stream) {
+  return p.entropy == nullptr ? launch<false>(p, stream) : launch<true>(p, stream);
 }
 
 }  // namespace tokencache

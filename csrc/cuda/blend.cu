@@ -21,12 +21,13 @@ __device__ float weight_of(const BlendParams& p, int64_t b, int64_t n) {
 
 template <class T, int Width>
 __global__ void __launch_bounds__(32 * kWarps) blend_kernel(BlendParams p) {
-  const int64_t n = int64_t{blockIdx.x} * kWarps + threadIdx.x / 32, b = blockIdx.y;
-  if (n >= p.N) return;
+  const int64_t row = int64_t{blockIdx.x} * kWarps + threadIdx.x / 32;
+  if (row >= p.B * p.N) return;
+  const int64_t b = row / p.N, n = row % p.N;
   const float w = weight_of(p, b, n);
   const T* cached = row_of<T>(p.cached, b, n, p.stride_cached_b, p.stride_cached_n);
   const T* fresh = row_of<T>(p.fresh, b, n, p.stride_fresh_b, p.stride_fresh_n);
-  T* out = static_cast<T*>(p.out) + (b * p.N + n) * p.D;
+  T* out = static_cast<T*>(p.out) + row * p.D;
   for (int64_t d = threadIdx.x % 32 * Width; d < p.D; d += 32 * Width) {
     const auto old = Piece<T, Width>::load(cached + d);
     const auto now = Piece<T, Width>::load(fresh + d);
@@ -42,13 +43,13 @@ __global__ void __launch_bounds__(32 * kWarps) blend_kernel(BlendParams p) {
 template <class T, int Width>
 __global__ void __launch_bounds__(32 * kWarps) blend_backward_kernel(BlendBackwardParams p) {
   const BlendParams& f = p.forward;
-  const int64_t n = int64_t{blockIdx.x} * kWarps + threadIdx.x / 32, b = blockIdx.y;
-  if (n >= f.N) return;
+  const int64_t row = int64_t{blockIdx.x} * kWarps + threadIdx.x / 32;
+  if (row >= f.B * f.N) return;
+  const int64_t b = row / f.N, n = row % f.N;
   const float w = weight_of(f, b, n);
   const T* grad = row_of<T>(p.grad, b, n, p.stride_grad_b, p.stride_grad_n);
   const T* cached = row_of<T>(f.cached, b, n, f.stride_cached_b, f.stride_cached_n);
   const T* fresh = row_of<T>(f.fresh, b, n, f.stride_fresh_b, f.stride_fresh_n);
-  const int64_t row = b * f.N + n;
   float total = 0;
   for (int64_t d = threadIdx.x % 32 * Width; d < f.D; d += 32 * Width) {
     const auto g = Piece<T, Width>::load(grad + d);
@@ -83,24 +84,23 @@ int64_t alignment_of(const BlendBackwardParams& p) {
                           address(p.grad_fresh), p.stride_grad_b * size, p.stride_grad_n * size);
 }
 
-dim3 grid_of(const BlendParams& p) {
-  return {static_cast<unsigned int>(ceil_div(p.N, kWarps)), static_cast<unsigned int>(p.B), 1};
+unsigned int grid_of(const BlendParams& p) {
+  return static_cast<unsigned int>(ceil_div(p.B * p.N, kWarps));
 }
 
 }  // namespace
 
 cudaError_t blend_cuda(const BlendParams& p, cudaStream_t stream) {
   return with_pieces(p.type, alignment_of(p) == 16, [&](auto one, auto width) {
-    blend_kernel<decltype(one), decltype(width)::value><<<grid_of(p), 32 * kWarps, 0, stream>>>(p);
-    return cudaGetLastError();
+    return launch(blend_kernel<decltype(one), decltype(width)::value>, grid_of(p), 32 * kWarps, 0,
+                  stream, p);
   });
 }
 
 cudaError_t blend_backward_cuda(const BlendBackwardParams& p, cudaStream_t stream) {
   return with_pieces(p.forward.type, alignment_of(p) == 16, [&](auto one, auto width) {
-    blend_backward_kernel<decltype(one), decltype(width)::value>
-        <<<grid_of(p.forward), 32 * kWarps, 0, stream>>>(p);
-    return cudaGetLastError();
+    return launch(blend_backward_kernel<decltype(one), decltype(width)::value>, grid_of(p.forward),
+                  32 * kWarps, 0, stream, p);
   });
 }
 

@@ -5,7 +5,7 @@
 #include <algorithm>
 #include <cstdint>
 
-// How many threads and blocks a launch has, and how much shared memory.
+// What every kernel is launched with and by.
 namespace tokencache {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -24,12 +24,30 @@ int64_t common_alignment(Values... values) {
   return static_cast<int64_t>(bits & -bits);
 }
 
-// Raises the kernel's limit of shared memory where a block needs more than every device gives.
-template <class Kernel>
-cudaError_t allow_shared(Kernel kernel, int64_t bytes) {
-  if (bytes <= 48 << 10) return cudaSuccess;
-  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                              static_cast<int>(bytes));
+// The shared memory that a launch asked for.
+template <class T>
+__device__ T* shared_memory() {
+  extern __shared__ uint4 shared[];
+  return reinterpret_cast<T*>(shared);
+}
+
+// Starts a kernel in a grid of blocks; for more shared memory than every device gives, its limit is
+// raised first.
+template <class... Params, class... Args>
+cudaError_t launch(void (*kernel)(Params...), dim3 grid, int threads, int64_t shared_bytes,
+                   cudaStream_t stream, const Args&... args) {
+  if (shared_bytes > 48 << 10) {
+    const int bytes = static_cast<int>(std::min<int64_t>(shared_bytes, 1 << 30));
+    const cudaError_t error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    if (error != cudaSuccess) return error;
+  }
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  return cudaLaunchKernelEx(&config, kernel, args...);
 }
 
 inline uint64_t address(const void* pointer) { return reinterpret_cast<uint64_t>(pointer); }

@@ -129,8 +129,7 @@ __device__ void multiply_stage(float (&sums)[Tile::kRowsOfWarp / 16][Tile::kColu
 // Every row begins at 16 bytes, and so does every piece of 8 elements.
 template <class T, class Tile>
 __global__ void __launch_bounds__(Tile::kThreads) linear_kernel(LinearParams p) {
-  extern __shared__ uint4 shared[];
-  T* stages = reinterpret_cast<T*>(shared);
+  T* stages = shared_memory<T>();
   const int64_t first_m = int64_t{blockIdx.x} * Tile::kRows;
   const int64_t first_o = int64_t{blockIdx.y} * Tile::kColumns;
 
@@ -180,7 +179,7 @@ __global__ void __launch_bounds__(Tile::kThreads) linear_kernel(LinearParams p) 
   wait_copies<0>();
   __syncthreads();
 
-  float* tile = reinterpret_cast<float*>(shared);
+  float* tile = shared_memory<float>();
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int row = warp / Tile::kWarpColumns * Tile::kRowsOfWarp + lane / 4;
   const int column = warp % Tile::kWarpColumns * Tile::kColumnsOfWarp + lane % 4 * 2;
@@ -265,12 +264,7 @@ dim3 grid_of(const LinearParams& p) {
 
 template <class T, class Tile>
 cudaError_t launch_linear(const LinearParams& p, cudaStream_t stream) {
-  auto* kernel = linear_kernel<T, Tile>;
-  if (const cudaError_t error = allow_shared(kernel, Tile::kBytes); error != cudaSuccess) {
-    return error;
-  }
-  kernel<<<grid_of<Tile>(p), Tile::kThreads, Tile::kBytes, stream>>>(p);
-  return cudaGetLastError();
+  return launch(linear_kernel<T, Tile>, grid_of<Tile>(p), Tile::kThreads, Tile::kBytes, stream, p);
 }
 
 // Whether there is a large tile for each multiprocessor.
@@ -293,8 +287,7 @@ cudaError_t linear_cuda(const LinearParams& p, cudaStream_t stream) {
                                : launch_linear<T, SmallTile>(p, stream);
       }
     }
-    plain_linear_kernel<T><<<grid_of<PlainTile>(p), PlainTile::kThreads, 0, stream>>>(p);
-    return cudaGetLastError();
+    return launch(plain_linear_kernel<T>, grid_of<PlainTile>(p), PlainTile::kThreads, 0, stream, p);
   });
 }
 

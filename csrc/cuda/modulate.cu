@@ -75,8 +75,9 @@ template <class T, int Width>
 __global__ void __launch_bounds__(kThreads, kBlocks)
     row_pass_kernel(AddBranchesParams p, Branches branches, ModulateParams modulate,
                     const int32_t* __restrict__ positions) {
-  extern __shared__ float row[];
-  const int64_t n = blockIdx.x, batch = blockIdx.y;
+  float* row = shared_memory<float>();
+  const int64_t blocks_of_sample = gridDim.x / p.B;
+  const int64_t batch = blockIdx.x / blocks_of_sample, n = blockIdx.x % blocks_of_sample;
   if (n >= p.N) {
     const int64_t slot = n - p.N;
     const int64_t token = modulate.indices[batch * modulate.stride_indices_b + slot];
@@ -89,6 +90,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   const T* x = row_of<T>(p.x, batch * p.stride_x_b + n * p.stride_x_n);
   T* out = static_cast<T*>(p.out) + batch * p.stride_out_b + n * p.stride_out_n;
   const int64_t position = positions == nullptr ? -1 : positions[batch * p.N + n];
+  const bool is_selected = position >= 0 && position < modulate.S;
   for (int64_t d = int64_t{threadIdx.x} * Width; d < p.D; d += kThreads * Width) {
     const auto piece = Piece<T, Width>::load(x + d);
     float sum[Width];
@@ -109,19 +111,19 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     Piece<T, Width> rounded;
     for (int i = 0; i < Width; ++i) rounded.values[i] = from_float<T>(sum[i]);
     rounded.store(out + d);
-    if (position >= 0) {
+    if (is_selected) {
       for (int i = 0; i < Width; ++i) row[d + i] = to_float(rounded.values[i]);
     }
   }
-  if (position < 0) return;
+  if (!is_selected) return;
   __syncthreads();
   modulate_row<T, Width>(modulate, row, batch, batch * modulate.S + position);
 }
 
 template <class T, int Width>
 __global__ void __launch_bounds__(kThreads, kBlocks) gather_modulate_kernel(ModulateParams p) {
-  extern __shared__ float row[];
-  const int64_t slot = blockIdx.x, batch = blockIdx.y;
+  float* row = shared_memory<float>();
+  const int64_t batch = blockIdx.x / p.S, slot = blockIdx.x % p.S;
   const int64_t token = p.indices[batch * p.stride_indices_b + slot];
   if (token < 0 || token >= p.N) {
     clear_row<T, Width>(static_cast<T*>(p.packed) + (batch * p.S + slot) * p.D, p.D);
@@ -157,22 +159,16 @@ bool is_aligned(const ModulateParams& p) {
                           p.stride_shift_b * size, p.stride_scale_b * size) == 16;
 }
 
-dim3 grid_of(int64_t rows, int64_t batch) {
-  return {static_cast<unsigned int>(rows), static_cast<unsigned int>(batch), 1};
-}
-
 cudaError_t launch_row_pass(const AddBranchesParams& p, const ModulateParams& modulate,
                             const int32_t* positions, bool is_aligned, cudaStream_t stream) {
   Branches branches{.count = p.num_branches, .of = {}};
   std::copy_n(p.branches, p.num_branches, branches.of);
   const int64_t bytes = positions == nullptr ? 0 : p.D * int64_t{sizeof(float)};
   const int64_t num_slots = positions == nullptr ? 0 : modulate.S;
+  const auto blocks = static_cast<unsigned int>(p.B * (p.N + num_slots));
   return with_pieces(p.type, is_aligned, [&](auto one, auto width) {
-    auto* kernel = row_pass_kernel<decltype(one), decltype(width)::value>;
-    if (const cudaError_t error = allow_shared(kernel, bytes); error != cudaSuccess) return error;
-    kernel<<<grid_of(p.N + num_slots, p.B), kThreads, bytes, stream>>>(p, branches, modulate,
-                                                                       positions);
-    return cudaGetLastError();
+    return launch(row_pass_kernel<decltype(one), decltype(width)::value>, blocks, kThreads, bytes,
+                  stream, p, branches, modulate, positions);
   });
 }
 
@@ -203,10 +199,8 @@ cudaError_t add_branches_cuda(const AddBranchesParams& p, cudaStream_t stream) {
 cudaError_t gather_modulate_cuda(const ModulateParams& p, cudaStream_t stream) {
   const int64_t bytes = p.D * int64_t{sizeof(float)};
   return with_pieces(p.type, is_aligned(p), [&](auto one, auto width) {
-    auto* kernel = gather_modulate_kernel<decltype(one), decltype(width)::value>;
-    if (const cudaError_t error = allow_shared(kernel, bytes); error != cudaSuccess) return error;
-    kernel<<<grid_of(p.S, p.B), kThreads, bytes, stream>>>(p);
-    return cudaGetLastError();
+    return launch(gather_modulate_kernel<decltype(one), decltype(width)::value>,
+                  static_cast<unsigned int>(p.B * p.S), kThreads, bytes, stream, p);
   });
 }
 

@@ -86,9 +86,8 @@ cudaError_t gather_rows_cuda(const GatherRowsParams& p, cudaStream_t stream) {
         .indices = p.indices,
         .stride_indices_b = p.stride_indices_b,
     };
-    gather_rows_kernel<<<grid_for(copy.num_pieces, kThreads), kThreads, 0, stream>>>(
-        copy, static_cast<const Piece*>(p.x), static_cast<Piece*>(p.out));
-    return cudaGetLastError();
+    return launch(gather_rows_kernel<Piece>, grid_for(copy.num_pieces, kThreads), kThreads, 0,
+                  stream, copy, static_cast<const Piece*>(p.x), static_cast<Piece*>(p.out));
   });
 }
 
@@ -112,9 +111,8 @@ cudaError_t scatter_rows_cuda(const ScatterRowsParams& p, cudaStream_t stream) {
         .indices = p.indices,
         .stride_indices_b = p.stride_indices_b,
     };
-    scatter_rows_kernel<<<grid_for(copy.num_pieces, kThreads), kThreads, 0, stream>>>(
-        copy, static_cast<const Piece*>(p.rows), static_cast<Piece*>(p.cache));
-    return cudaGetLastError();
+    return launch(scatter_rows_kernel<Piece>, grid_for(copy.num_pieces, kThreads), kThreads, 0,
+                  stream, copy, static_cast<const Piece*>(p.rows), static_cast<Piece*>(p.cache));
   });
 }
 

@@ -22,10 +22,9 @@ __device__ void store_mean(const AttentionReceivedParams& p, int64_t b, int64_t 
 template <class T, int Width>
 __global__ void __launch_bounds__(kHeadThreads, kHeadBlocks)
     attention_received_kernel(AttentionReceivedParams p) {
-  extern __shared__ uint4 shared[];
   __shared__ float lse_of_stage[kHeadRows];
   using Rows = HeadRows<T, Width>;
-  Rows& keys = *reinterpret_cast<Rows*>(shared);
+  Rows& keys = *shared_memory<Rows>();
   Rows* stages = &keys + 1;  // twice queries
   const AttentionMapParams& map = p.map;
   const int64_t first_key = int64_t{blockIdx.x} * kHeadRows, h = blockIdx.y, b = blockIdx.z;
@@ -133,9 +132,8 @@ struct RunningEntropy {
 template <class T, int Width>
 __global__ void __launch_bounds__(kHeadThreads, kHeadBlocks)
     attention_entropy_kernel(AttentionEntropyParams p, const float* __restrict__ lse) {
-  extern __shared__ uint4 shared[];
   using Rows = HeadRows<T, Width>;
-  Rows* stages = reinterpret_cast<Rows*>(shared);  // twice queries and keys of one head
+  Rows* stages = shared_memory<Rows>();  // twice queries and keys of one head
   const AttentionMapParams& map = p.map;
   const int64_t first_query = int64_t{blockIdx.x} * kHeadRows, b = blockIdx.z;
   const int64_t num_keys = num_keys_of(p.key_lengths, b, p.stride_key_lengths_b, map.N);
@@ -284,17 +282,13 @@ cudaError_t attention_received_cuda(const AttentionReceivedParams& p, cudaStream
       if (suits_tensor_cores(map)) {
         return with_head_width(map.E, [&](auto width) {
           constexpr int kBytes = 3 * sizeof(HeadRows<T, decltype(width)::value>);
-          auto* kernel = attention_received_kernel<T, decltype(width)::value>;
-          const cudaError_t error = allow_shared(kernel, kBytes);
-          if (error != cudaSuccess) return error;
-          kernel<<<grid_of_heads(map.N, kHeadRows, map), kHeadThreads, kBytes, stream>>>(p);
-          return cudaGetLastError();
+          return launch(attention_received_kernel<T, decltype(width)::value>,
+                        grid_of_heads(map.N, kHeadRows, map), kHeadThreads, kBytes, stream, p);
         });
       }
     }
     const dim3 grid = grid_of_heads(map.N, kPlainWarps, map);
-    plain_attention_received_kernel<T><<<grid, 32 * kPlainWarps, 0, stream>>>(p);
-    return cudaGetLastError();
+    return launch(plain_attention_received_kernel<T>, grid, 32 * kPlainWarps, 0, stream, p);
   });
 }
 
@@ -308,25 +302,20 @@ cudaError_t attention_entropy_cuda(const AttentionEntropyParams& p, const float*
       if (suits_tensor_cores(map)) {
         return with_head_width(map.E, [&](auto width) {
           constexpr int kBytes = 4 * sizeof(HeadRows<T, decltype(width)::value>);
-          auto* kernel = attention_entropy_kernel<T, decltype(width)::value>;
-          const cudaError_t error = allow_shared(kernel, kBytes);
-          if (error != cudaSuccess) return error;
-          kernel<<<grid_of_heads(map.S, kHeadRows, map), kHeadThreads, kBytes, stream>>>(p, lse);
-          return cudaGetLastError();
+          return launch(attention_entropy_kernel<T, decltype(width)::value>,
+                        grid_of_heads(map.S, kHeadRows, map), kHeadThreads, kBytes, stream, p, lse);
         });
       }
     }
     const dim3 grid = grid_of_heads(map.S, kPlainWarps, map);
-    plain_attention_entropy_kernel<T><<<grid, 32 * kPlainWarps, 0, stream>>>(p, lse);
-    return cudaGetLastError();
+    return launch(plain_attention_entropy_kernel<T>, grid, 32 * kPlainWarps, 0, stream, p, lse);
   });
 }
 
 cudaError_t head_norms_cuda(const HeadNormsParams& p, cudaStream_t stream) {
   return with_type(p.type, [&](auto one) {
     const auto blocks = static_cast<unsigned int>(ceil_div(p.B * p.N, kPlainWarps));
-    head_norms_kernel<decltype(one)><<<blocks, 32 * kPlainWarps, 0, stream>>>(p);
-    return cudaGetLastError();
+    return launch(head_norms_kernel<decltype(one)>, blocks, 32 * kPlainWarps, 0, stream, p);
   });
 }
 
@@ -337,9 +326,8 @@ cudaError_t token_change_cuda(const TokenChangeParams& p, cudaStream_t stream) {
                        p.stride_new_n * size, p.stride_old_b * size, p.stride_old_n * size) == 16;
   return with_pieces(p.type, is_aligned, [&](auto one, auto width) {
     const auto blocks = static_cast<unsigned int>(ceil_div(p.B * p.N, kPlainWarps));
-    auto* kernel = token_change_kernel<decltype(one), decltype(width)::value>;
-    kernel<<<blocks, 32 * kPlainWarps, 0, stream>>>(p);
-    return cudaGetLastError();
+    return launch(token_change_kernel<decltype(one), decltype(width)::value>, blocks,
+                  32 * kPlainWarps, 0, stream, p);
   });
 }
 
