@@ -57,9 +57,8 @@ __device__ void store_sums(const AttentionParams& p, int64_t b, int64_t h, int64
 
 template <class T, int Width, bool WithEntropy>
 __global__ void __launch_bounds__(kHeadThreads, kHeadBlocks) attention_kernel(AttentionParams p) {
-  extern __shared__ uint4 shared[];
   using Rows = HeadRows<T, Width>;
-  Rows& queries = *reinterpret_cast<Rows*>(shared);
+  Rows& queries = *shared_memory<Rows>();
   Rows* stages = &queries + 1;  // twice keys and values
   const AttentionMapParams& map = p.map;
   const int64_t first_query = int64_t{blockIdx.x} * kHeadRows, h = blockIdx.y, b = blockIdx.z;
@@ -157,7 +156,6 @@ __global__ void __launch_bounds__(kHeadThreads, kHeadBlocks) attention_kernel(At
 // 32nd key, and sums every 32nd element of the values.
 template <class T, bool WithEntropy>
 __global__ void __launch_bounds__(32 * kPlainWarps) plain_attention_kernel(AttentionParams p) {
-  extern __shared__ uint4 shared[];
   const AttentionMapParams& map = p.map;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int64_t s = int64_t{blockIdx.x} * kPlainWarps + warp, h = blockIdx.y, b = blockIdx.z;
@@ -169,7 +167,7 @@ __global__ void __launch_bounds__(32 * kPlainWarps) plain_attention_kernel(Atten
   const T* value = head_at<T>(p.value, b, h, p.stride_value_b, p.stride_value_h);
   const float scale = static_cast<float>(map.softmax_scale);
   const int64_t num_elements = p.out == nullptr ? 0 : map.E;
-  float* sums = reinterpret_cast<float*>(shared) + warp * map.E;
+  float* sums = shared_memory<float>() + warp * map.E;
   for (int64_t e = lane; e < num_elements; e += 32) sums[e] = 0;
 
   RunningSoftmax softmax;
@@ -211,7 +209,7 @@ bool is_aligned(const AttentionParams& p) {
 }
 
 template <bool WithEntropy>
-cudaError_t launch(const AttentionParams& p, cudaStream_t stream) {
+cudaError_t launch_attention(const AttentionParams& p, cudaStream_t stream) {
   const AttentionMapParams& map = p.map;
   return with_type(map.type, [&](auto one) {
     using T = decltype(one);
@@ -219,28 +217,22 @@ cudaError_t launch(const AttentionParams& p, cudaStream_t stream) {
       if (is_aligned(p)) {
         return with_head_width(map.E, [&](auto width) {
           constexpr int kBytes = 5 * sizeof(HeadRows<T, decltype(width)::value>);
-          auto* kernel = attention_kernel<T, decltype(width)::value, WithEntropy>;
-          const cudaError_t error = allow_shared(kernel, kBytes);
-          if (error != cudaSuccess) return error;
-          const dim3 grid = grid_of_heads(map.S, kHeadRows, map);
-          kernel<<<grid, kHeadThreads, kBytes, stream>>>(p);
-          return cudaGetLastError();
+          return launch(attention_kernel<T, decltype(width)::value, WithEntropy>,
+                        grid_of_heads(map.S, kHeadRows, map), kHeadThreads, kBytes, stream, p);
         });
       }
     }
-    auto* kernel = plain_attention_kernel<T, WithEntropy>;
     const int64_t bytes = kPlainWarps * map.E * int64_t{sizeof(float)};
-    if (const cudaError_t error = allow_shared(kernel, bytes); error != cudaSuccess) return error;
-    const dim3 grid = grid_of_heads(map.S, kPlainWarps, map);
-    kernel<<<grid, 32 * kPlainWarps, bytes, stream>>>(p);
-    return cudaGetLastError();
+    return launch(plain_attention_kernel<T, WithEntropy>, grid_of_heads(map.S, kPlainWarps, map),
+                  32 * kPlainWarps, bytes, stream, p);
   });
 }
 
 }  // namespace
 
 cudaError_t attention_cuda(const AttentionParams& p, cudaStream_t stream) {
-  return p.entropy == nullptr ? launch<false>(p, stream) : launch<true>(p, stream);
+  return p.entropy == nullptr ? launch_attention<false>(p, stream)
+                              : launch_attention<true>(p, stream);
 }
 
 }  // namespace tokencache
