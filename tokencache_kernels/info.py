@@ -128,6 +128,7 @@ def environment() -> dict[str, str]:
         "TOKENCACHE_BACKEND": settings.backend(),
         "TOKENCACHE_CHECK_INDICES": "1" if settings.check_indices() else "0",
         "TOKENCACHE_CPU_INSTRUCTIONS": settings.cpu_instructions() or "(the best there are)",
+        "TOKENCACHE_EARLY_START": "1" if settings.starts_early() else "0",
         "TOKENCACHE_LAUNCH_SETTINGS": settings.launch_settings_path() or "(shipped settings only)",
         "TOKENCACHE_NATIVE_LIBRARY": settings.native_library_path() or "(the installed one)",
         "TRITON_INTERPRET": "1" if settings.is_interpreting() else "0",

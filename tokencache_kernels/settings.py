@@ -46,3 +46,8 @@ def is_interpreting() -> bool:
 def packs_weights() -> bool:
     """``TOKENCACHE_PACK_WEIGHTS=0``: keep no packed copies of weights on the CPU."""
     return os.environ.get("TOKENCACHE_PACK_WEIGHTS", "1") == "1"
+
+
+def starts_early() -> bool:
+    """``TOKENCACHE_EARLY_START=1``: place a kernel's programs while the one before it ends."""
+    return os.environ.get("TOKENCACHE_EARLY_START", "0") == "1"

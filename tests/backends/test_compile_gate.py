@@ -173,6 +173,21 @@ def test_every_kernel_of_the_package_compiles_for_hopper(package_jobs):
     assert [report for report in reports if report.failures] == []
 
 
+def test_an_early_start_waits_before_it_touches_memory(package_jobs, own_cache):
+    early = {job.kernel: job for job in package_jobs if job.variant.endswith("early")}
+    assert len(early) == 5
+
+    reports = list(compile_gate.run_jobs(list(early.values()), processes=2))
+
+    assert [report for report in reports if report.failures] == []
+    codes = [path.read_text() for name in early for path in own_cache.rglob(f"{name}.ptx")]
+    waiting = [code for code in codes if "griddepcontrol.wait" in code]
+    assert len(waiting) >= len(early)
+    for code in waiting:
+        memory = re.search(r"\b(ld|st|atom|red|cp\.async\S*)\.\S*global", code)
+        assert code.index("griddepcontrol.wait") < memory.start()
+
+
 # the command
 
 

@@ -7,6 +7,7 @@ import torch
 
 from tokencache_kernels.backends import reference, triton
 from tokencache_kernels.backends.triton import _counters
+from tokencache_kernels.backends.triton._counting import count_launches
 from tokencache_kernels.backends.triton._gemm import (
     GemmSetting,
     gemm_heuristic,
@@ -18,6 +19,7 @@ from tokencache_kernels.backends.triton.mlp import MlpSetting
 from tokencache_kernels.testing import assert_within_budget, in_float64, randn, random_indices
 
 H200 = Device(90, "NVIDIA H200", 132)
+LIBRARY = GemmSetting(64, 64, 32, num_warps=4, num_stages=3, in_library=True)
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
@@ -79,6 +81,43 @@ def test_every_kind_of_tile_scatters(device, setting):
     reference.linear_scatter_(wanted, *inputs)
     torch.testing.assert_close(out, wanted)
     assert not any(counters_left())
+
+
+@pytest.mark.parametrize("activation", ["none", "gelu", "gelu_tanh", "silu"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_product_may_be_the_librarys(device, dtype, activation):
+    inputs = make_linear(dtype, device)
+
+    with on_trial("linear", LIBRARY), count_launches() as launches:
+        out = triton.linear(*inputs, activation, None)
+
+    # the library has one kind of GELU, which is not the same on every device
+    is_librarys = activation == "none" or activation == (
+        "gelu_tanh" if device == "cuda" else "gelu"
+    )
+    assert launches == ([] if is_librarys else ["_linear_kernel"])
+    assert_within_budget(
+        out,
+        exact=reference.linear(*in_float64(*inputs), activation, None),
+        rounded=reference.linear(*inputs, activation, None),
+    )
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_a_product_of_the_library_is_scattered(device, residual):
+    x, weight, bias = make_linear(torch.float32, device)
+    cache = randn(2, 50, 136, device=device)
+    indices = random_indices(2, 50, 40, num_empty=3, device=device)
+    inputs = (indices, x, weight, bias, None, residual)
+
+    wanted, out = cache.clone(), cache.clone()
+    with on_trial("linear_scatter_", LIBRARY), count_launches() as launches:
+        triton.linear_scatter_(out, *inputs)
+
+    # it does not add to the old rows
+    assert launches == ["_linear_scatter_kernel" if residual else "_scatter_rows_kernel"]
+    reference.linear_scatter_(wanted, *inputs)
+    torch.testing.assert_close(out, wanted)
 
 
 def test_a_wide_tile_activates_both_halves(device):

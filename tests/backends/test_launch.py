@@ -15,6 +15,7 @@ from tokencache_kernels.backends.triton._launch import (
     TuneCase,
     choose,
     device_of,
+    early_start,
     problem_key,
 )
 
@@ -260,3 +261,15 @@ def test_every_tunable_kernel_runs_in_every_candidate(monkeypatch):
     kernels = {outcome.key.split("/")[0] for outcome in outcomes}
     assert kernels > {"gather_rows", "row_pass", "linear", "linear_scatter_", "mlp_"}
     assert {outcome.num_failed for outcome in outcomes} == {0}
+
+
+# early starts
+
+
+def test_kernels_start_early_on_request_where_the_device_can(monkeypatch):
+    a100 = Device(arch=80, name="NVIDIA A100", num_sms=108)
+    assert early_start(H200) == {"STARTS_EARLY": False}
+
+    monkeypatch.setenv("TOKENCACHE_EARLY_START", "1")
+    assert early_start(H200) == {"STARTS_EARLY": True, "launch_pdl": True}
+    assert early_start(a100) == early_start(INTERPRETER) == {"STARTS_EARLY": False}

@@ -2,6 +2,7 @@
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 # read once, like every @triton.jit does when its module is imported
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
@@ -16,3 +17,14 @@ def round_to(x, dtype: tl.constexpr):
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
         x = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
     return x.to(dtype)
+
+
+@triton.jit
+def await_previous():
+    """In a kernel launched early (``early_start``): wait for all that went before on the stream.
+
+    What follows may read what the previous kernel wrote and overwrite what it read. The next kernel
+    may take its place on the device meanwhile, and waits in turn.
+    """
+    gdc_wait()
+    gdc_launch_dependents()

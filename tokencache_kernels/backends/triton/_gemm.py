@@ -55,9 +55,13 @@ class GemmTile:
 
 @dataclass(frozen=True)
 class GemmSetting(GemmTile):
-    """One tile a program, or a ``split_k``-th of the depth of one."""
+    """One tile a program, or a ``split_k``-th of the depth of one.
+
+    Or, ``in_library``, the product of the vendor's library wherever it does the rest as well.
+    """
 
     split_k: int = 1
+    in_library: bool = False
 
 
 # the rate at which a tile of that size keeps the cores busy, against the largest (estimates)

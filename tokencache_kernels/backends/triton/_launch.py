@@ -51,6 +51,17 @@ def device_of(device: torch.device) -> Device:
     return _cuda_device(torch.cuda.current_device() if device.index is None else device.index)
 
 
+def early_start(device: Device) -> dict[str, bool]:
+    """The launch options of a kernel that may start before the one ahead of it has ended.
+
+    That is programmatic dependent launch, of sm_90 and later: the programs of this kernel are
+    placed while the last ones of that kernel still run, and begin with ``await_previous``.
+    """
+    if device is INTERPRETER or device.arch < 90 or not settings.starts_early():
+        return {"STARTS_EARLY": False}
+    return {"STARTS_EARLY": True, "launch_pdl": True}
+
+
 @dataclass
 class Trial:
     """While on, launches of one kernel take ``setting`` (None: the heuristic's) whatever was tuned.

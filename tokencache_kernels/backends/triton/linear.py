@@ -2,19 +2,23 @@
 
 Gathering, activating and scattering around the GEMM saves a launch and a pass over the rows each.
 Few rows do not fill the device with tiles: then several programs share one (split-K), and the last
-to arrive adds their parts in a fixed order.
+to arrive adds their parts in a fixed order. A launch setting may also say that the vendor's library
+multiplies faster: it does, wherever it has the epilogue.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from itertools import product
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._device import await_previous
 from ._gemm import (
     GemmSetting,
     gemm_heuristic,
@@ -28,7 +32,16 @@ from ._gemm import (
     tile_at,
     weight_rows_at,
 )
-from ._launch import INTERPRETER, CompileCase, Device, TuneCase, choose, device_of
+from ._launch import (
+    INTERPRETER,
+    CompileCase,
+    Device,
+    TuneCase,
+    choose,
+    device_of,
+    early_start,
+)
+from .rows import scatter_rows_
 
 
 @triton.jit(do_not_specialize=["M", "N", "S", "split_k"])
@@ -38,11 +51,14 @@ def _linear_kernel(
     stride_xb, stride_xn: tl.constexpr, stride_w: tl.constexpr,
     D_IN: tl.constexpr, D_OUT: tl.constexpr, ACTIVATION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    STARTS_EARLY: tl.constexpr,
 ):  # fmt: skip
     """out[m] = activation(row[m] @ weight.T + bias).
 
     row[m] = x[m], or with indices, m = b * S + s, x[b, indices[b, s]]; an empty slot: 0.
     """
+    if STARTS_EARLY:
+        await_previous()
     tile_m, tile_n = tile_at(
         tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(D_OUT, BLOCK_N), GROUP_M
     )
@@ -83,14 +99,16 @@ def linear(
     D_out, D_in = weight.shape
     B, S = x.shape[:2] if indices is None else indices.shape
     M = B * S
-    out = x.new_empty(B, S, D_out)
-    if out.numel() == 0:
-        return out
+    if M * D_out == 0:
+        return x.new_empty(B, S, D_out)
     if indices is None:
         x = x.reshape(1, M, D_in)
     else:
         indices = indices.contiguous()
     setting = _choose("linear", x, M, weight)
+    if setting.in_library and indices is None and _is_in_library(x, bias, activation):
+        return _multiply_in_library(x[0], weight, bias, activation).view(B, S, D_out)
+    out = x.new_empty(B, S, D_out)
     num_tiles = setting.num_tiles(M, D_out)
     partials, counters = split_buffers(setting, num_tiles, x.device)
     _linear_kernel[num_tiles, setting.split_k](
@@ -100,6 +118,7 @@ def linear(
         0 if indices is None else x.stride(0), x.stride(1), weight.stride(0),
         D_IN=D_in, D_OUT=D_out, ACTIVATION=activation,
         **setting.constants(), num_warps=setting.num_warps, num_stages=setting.num_stages,
+        **early_start(device_of(x.device)),
     )  # fmt: skip
     return out
 
@@ -111,8 +130,11 @@ def _linear_scatter_kernel(
     stride_gb, stride_cb, stride_xn: tl.constexpr, stride_w: tl.constexpr, stride_cn: tl.constexpr,
     D_IN: tl.constexpr, D_OUT: tl.constexpr, RESIDUAL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    STARTS_EARLY: tl.constexpr,
 ):  # fmt: skip
     """cache[b, indices[b, s]] = [old value +] [gate[b] *] (x[b * S + s] @ weight.T + bias)."""
+    if STARTS_EARLY:
+        await_previous()
     tile_m, tile_n = tile_at(
         tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(D_OUT, BLOCK_N), GROUP_M
     )
@@ -155,6 +177,9 @@ def linear_scatter_(
         return
     rows = x.reshape(M, D_in)
     setting = _choose("linear_scatter_", x, M, weight)
+    if setting.in_library and gate is None and not residual:
+        scatter_rows_(cache, indices, F.linear(x, weight, bias))
+        return
     num_tiles = setting.num_tiles(M, D_out)
     partials, counters = split_buffers(setting, num_tiles, x.device)
     _linear_scatter_kernel[num_tiles, setting.split_k](
@@ -164,6 +189,7 @@ def linear_scatter_(
         rows.stride(0), weight.stride(0), cache.stride(1),
         D_IN=D_in, D_OUT=D_out, RESIDUAL=residual,
         **setting.constants(), num_warps=setting.num_warps, num_stages=setting.num_stages,
+        **early_start(device_of(x.device)),
     )  # fmt: skip
 
 
@@ -176,11 +202,30 @@ def _choose(kernel: str, x: Tensor, num_rows: int, weight: Tensor) -> GemmSettin
     return choose(kernel, device, problem, heuristic)
 
 
+# the library's own GELU
+_LIBRARY_GELU = {"cpu": "gelu", "cuda": "gelu_tanh"}
+
+
+def _is_in_library(x: Tensor, bias: Tensor | None, activation: str) -> bool:
+    """Whether the library has this epilogue, so that the result is rounded once there too."""
+    has_gelu = bias is not None and activation == _LIBRARY_GELU[x.device.type]
+    return activation == "none" or has_gelu
+
+
+def _multiply_in_library(
+    rows: Tensor, weight: Tensor, bias: Tensor | None, activation: str
+) -> Tensor:
+    if bias is None or activation == "none":
+        return F.linear(rows, weight, bias)
+    return torch._addmm_activation(bias, rows, weight.t(), use_gelu=True)
+
+
 def compile_cases(device: Device) -> Iterator[CompileCase]:
     """Every setting with every epilogue.
 
     The number of splits is not a constant of the kernel: 2 stands for all. float16 differs from
-    bfloat16 in the type of its instructions alone: the heaviest epilogues do.
+    bfloat16 in the type of its instructions alone: the heaviest epilogues do. So does the plainest
+    one for early starts.
     """
     for dtype, itemsize in (("bf16", 2), ("fp16", 2), ("fp32", 4)):
         linear_variants = [("gelu", True)]
@@ -192,33 +237,62 @@ def compile_cases(device: Device) -> Iterator[CompileCase]:
             if setting.split_k > 2:
                 continue
             for activation, gathers in linear_variants:
-                yield _compile_case(
-                    _linear_kernel,
-                    f"{activation} {dtype}" + " gather" * gathers,
-                    setting,
-                    dtype,
-                    pointers={"out_ptr": dtype, "indices_ptr": "i32" if gathers else None},
-                    strides=("stride_xb",),
-                    constexprs={"ACTIVATION": activation},
-                )
+                yield _linear_case(setting, dtype, activation, gathers)
             for is_gated, residual in scatter_variants:
-                yield _compile_case(
-                    _linear_scatter_kernel,
-                    dtype + " gate" * is_gated + " residual" * residual,
-                    setting,
-                    dtype,
-                    pointers={
-                        "gate_ptr": dtype if is_gated else None,
-                        "indices_ptr": "i32",
-                        "cache_ptr": dtype,
-                    },
-                    strides=("stride_gb", "stride_cb"),
-                    constexprs={"stride_cn": _COMPILED_D_OUT, "RESIDUAL": residual},
-                )
+                yield _linear_scatter_case(setting, dtype, is_gated, residual)
+    if device.arch >= 90:
+        for setting in gemm_settings(device, 2, _COMPILED_D_OUT, _COMPILED_D_IN):
+            if setting.split_k <= 2:
+                yield _linear_case(setting, "bf16", "gelu_tanh", starts_early=True)
+                yield _linear_scatter_case(setting, "bf16", starts_early=True)
 
 
 # many steps of k, so that the loop stays one, and a number of columns that no wide tile divides
 _COMPILED_D_IN, _COMPILED_D_OUT = 3072, 1152
+
+
+def _linear_case(
+    setting: GemmSetting,
+    dtype: str,
+    activation: str,
+    gathers: bool = False,
+    starts_early: bool = False,
+) -> CompileCase:
+    return _compile_case(
+        _linear_kernel,
+        f"{activation} {dtype}" + " gather" * gathers + " early" * starts_early,
+        setting,
+        dtype,
+        pointers={"out_ptr": dtype, "indices_ptr": "i32" if gathers else None},
+        strides=("stride_xb",),
+        constexprs={"ACTIVATION": activation, "STARTS_EARLY": starts_early},
+    )
+
+
+def _linear_scatter_case(
+    setting: GemmSetting,
+    dtype: str,
+    is_gated: bool = False,
+    residual: bool = False,
+    starts_early: bool = False,
+) -> CompileCase:
+    return _compile_case(
+        _linear_scatter_kernel,
+        dtype + " gate" * is_gated + " residual" * residual + " early" * starts_early,
+        setting,
+        dtype,
+        pointers={
+            "gate_ptr": dtype if is_gated else None,
+            "indices_ptr": "i32",
+            "cache_ptr": dtype,
+        },
+        strides=("stride_gb", "stride_cb"),
+        constexprs={
+            "stride_cn": _COMPILED_D_OUT,
+            "RESIDUAL": residual,
+            "STARTS_EARLY": starts_early,
+        },
+    )
 
 
 def _compile_case(
@@ -267,20 +341,21 @@ def tune_cases(device: Device) -> Iterator[TuneCase]:
     widths, counts = ((32,), (8,)) if device == INTERPRETER else ((1152, 3072), (512, 2048, 8192))
     for D, S in product(widths, counts):
         for D_out, D_in in ((4 * D, D), (D, 4 * D)):
-            x, weight = (
+            x, weight, bias = (
                 torch.randn(*shape, dtype=dtype, device=where)
-                for shape in ((1, S, D_in), (D_out, D_in))
+                for shape in ((1, S, D_in), (D_out, D_in), (D_out,))
             )
             cache = torch.empty(1, S, D_out, dtype=dtype, device=where)
             indices = torch.arange(S, dtype=torch.int32, device=where)[None]
-            candidates = gemm_settings(device, dtype.itemsize, D_out, D_in)
+            ours = gemm_settings(device, dtype.itemsize, D_out, D_in)
+            candidates = [*ours, replace(ours[0], in_library=True)]
             label = f"M={S} O={D_out} K={D_in} bf16"
             yield TuneCase(
-                "linear", label, candidates, partial(linear, x, weight, None, "gelu_tanh", None)
+                "linear", label, candidates, partial(linear, x, weight, bias, "gelu_tanh", None)
             )
             yield TuneCase(
                 "linear_scatter_",
                 label,
                 candidates,
-                partial(linear_scatter_, cache, indices, x, weight, None, None, False),
+                partial(linear_scatter_, cache, indices, x, weight, bias, None, False),
             )

@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._device import round_to
-from ._launch import CompileCase, Device, choose, device_of
+from ._device import await_previous, round_to
+from ._launch import CompileCase, Device, choose, device_of, early_start
 from ._tiles import TileSetting, piece_settings, whole_row_settings
 
 # branches that one launch adds, alone and in a row pass, which has whole rows in registers; a
@@ -59,9 +59,11 @@ def _add_branches_kernel(
     x_ptr, branch_ptrs, gate_ptrs, out_ptr,
     N, D,
     stride_xb, stride_xn, strides_branch_b, strides_branch_n, strides_gate_b, stride_ob, stride_on,
-    ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_D: tl.constexpr, STARTS_EARLY: tl.constexpr,
 ):  # fmt: skip
     """out[b, n] = x[b, n] + sum_j gates[j][b] * branches[j][b, n]."""
+    if STARTS_EARLY:
+        await_previous()
     # int64: B * N * D passes 2**31 at video sizes
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     batch = tl.program_id(2).to(tl.int64)
@@ -91,7 +93,8 @@ def add_branches(
     if out.numel() == 0:
         return
     heuristic = TileSetting.for_pieces(D)
-    setting = choose("add_branches", device_of(out.device), {"D": D}, heuristic)
+    device = device_of(out.device)
+    setting = choose("add_branches", device, {"D": D}, heuristic)
     grid = (triton.cdiv(N, setting.rows), triton.cdiv(D, setting.block_d), B)
     x = hidden_states
     for start in range(0, len(branches), MAX_BRANCHES):
@@ -103,6 +106,7 @@ def add_branches(
             x.stride(0), x.stride(1), *_branch_strides(some, some_gates),
             out.stride(0), out.stride(1),
             ROWS=setting.rows, BLOCK_D=setting.block_d, num_warps=setting.num_warps,
+            **early_start(device),
         )  # fmt: skip
         x = out
 
@@ -123,9 +127,11 @@ def _gather_modulate_kernel(
     x_ptr, indices_ptr, shift_ptr, scale_ptr, out_ptr,
     N, S, D, eps,
     stride_xb, stride_xn, stride_ib, stride_shift_b, stride_scale_b,
-    ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_D: tl.constexpr, STARTS_EARLY: tl.constexpr,
 ):  # fmt: skip
     """out[b, s] = layer_norm(x[b, indices[b, s]]) * (1 + scale[b]) + shift[b]; an empty slot: 0."""
+    if STARTS_EARLY:
+        await_previous()
     slot = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     batch = tl.program_id(1).to(tl.int64)
     offs_d = tl.arange(0, BLOCK_D)
@@ -157,13 +163,15 @@ def gather_modulate(
     if out.numel() == 0:
         return out
     heuristic = TileSetting.for_whole_rows(D)
-    setting = choose("gather_modulate", device_of(out.device), {"D": D}, heuristic)
+    device = device_of(out.device)
+    setting = choose("gather_modulate", device, {"D": D}, heuristic)
     _gather_modulate_kernel[(triton.cdiv(S, setting.rows), B)](
         hidden_states, indices, shift, scale, out,
         N, S, D, eps,
         hidden_states.stride(0), hidden_states.stride(1), indices.stride(0),
         shift.stride(0), scale.stride(0),
         ROWS=setting.rows, BLOCK_D=setting.block_d, num_warps=setting.num_warps,
+        **early_start(device),
     )  # fmt: skip
     return out
 
@@ -175,11 +183,13 @@ def _row_pass_kernel(
     N, S, D, eps,
     stride_xb, stride_xn, strides_branch_b, strides_branch_n, strides_gate_b,
     stride_ib, stride_pb, stride_shift_b, stride_scale_b, stride_ob, stride_on,
-    ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_D: tl.constexpr, STARTS_EARLY: tl.constexpr,
 ):  # fmt: skip
     """out[b, n] = x[b, n] + sum_j gates[j][b] * branches[j][b, n], and of that rounded row
     packed[b, positions[b, n]] = layer_norm(out[b, n]) * (1 + scale[b]) + shift[b]; empty slots: 0.
     """
+    if STARTS_EARLY:
+        await_previous()
     # rows 0 .. N - 1 are tokens; the S rows behind them are slots, to be cleared where empty
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     batch = tl.program_id(1).to(tl.int64)
@@ -244,7 +254,8 @@ def row_pass(
         x = out
     some, some_gates = tuple(branches[num_before:]), tuple(gates[num_before:])
     heuristic = TileSetting.for_whole_rows(D)
-    setting = choose("row_pass", device_of(out.device), {"D": D}, heuristic)
+    device = device_of(out.device)
+    setting = choose("row_pass", device, {"D": D}, heuristic)
     _row_pass_kernel[(triton.cdiv(N + S, setting.rows), B)](
         x, some, some_gates, indices, positions, shift, scale,
         out, packed,
@@ -253,6 +264,7 @@ def row_pass(
         indices.stride(0), positions.stride(0), shift.stride(0), scale.stride(0),
         out.stride(0), out.stride(1),
         ROWS=setting.rows, BLOCK_D=setting.block_d, num_warps=setting.num_warps,
+        **early_start(device),
     )  # fmt: skip
     return packed
 
@@ -270,6 +282,13 @@ def compile_cases(device: Device) -> Iterator[CompileCase]:
                 yield _case(kernel, dtype, setting, num_branches=1, is_gated=False)
                 for num_branches in (1, 2, most):
                     yield _case(kernel, dtype, setting, num_branches)
+    if device.arch >= 90:
+        yield _case(_gather_modulate_kernel, "bf16", whole_row_settings()[0], starts_early=True)
+        for kernel, setting in (
+            (_add_branches_kernel, piece_settings()[0]),
+            (_row_pass_kernel, whole_row_settings()[0]),
+        ):
+            yield _case(kernel, "bf16", setting, num_branches=2, starts_early=True)
 
 
 def _case(
@@ -278,9 +297,14 @@ def _case(
     setting: TileSetting,
     num_branches: int = 0,
     is_gated: bool = True,
+    starts_early: bool = False,
 ) -> CompileCase:
     signature: dict[str, str | tuple[str, ...]] = {}
-    constexprs: dict[str, object] = {"ROWS": setting.rows, "BLOCK_D": setting.block_d}
+    constexprs: dict[str, object] = {
+        "ROWS": setting.rows,
+        "BLOCK_D": setting.block_d,
+        "STARTS_EARLY": starts_early,
+    }
     for name in kernel.arg_names:
         if name == "gate_ptrs" and not is_gated:
             constexprs[name] = (None,) * num_branches
@@ -297,6 +321,7 @@ def _case(
     variant = dtype
     if num_branches > 0:
         variant += f" {num_branches} branches{'' if is_gated else ' ungated'}"
+    variant += " early" * starts_early
     return CompileCase(
         kernel=kernel,
         variant=variant,
