@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import tokencache_kernels as tck
-from benchmarks.tracing import trace
+from benchmarks.launches import trace
 from tokencache_kernels.integrations.diffusers import apply_token_cache
 from tokencache_kernels.policies import MODELS, ToCaConfig, make_plan
 
