@@ -1,139 +1,156 @@
 """The run book for a machine with a GPU, in stages that each fit a short slot.
 
-    python -m benchmarks.gpu --stage build|test|kernels|tune --out DIR --budget SECONDS
+    python -m benchmarks.gpu --stage build|test|kernels|attention|layers|models --out DIR
+                             --budget SECONDS
 
-``build`` makes the native library, ``test`` runs the suite, ``kernels`` times the ops and ``tune``
-looks for better launch settings. A stage starts nothing new once its budget is spent; ``kernels``
-goes on where it stopped when it is called again. ``--rehearse`` runs a stage on tiny inputs, also
-where there is no GPU, to see that it works: the times that it writes mean nothing.
+``build`` makes the native library, ``test`` runs the suite, ``kernels`` times the ops and then
+looks for better launch settings, ``attention`` orders the attentions, ``layers`` and ``models``
+time what is made of them. Everything printed is in DIR/STAGE.log too, every measurement a line of
+DIR/STAGE.jsonl. A stage ends with its budget and goes on where it stopped when it is called again.
+``--rehearse`` takes it through tiny inputs, on any machine: the times it writes mean nothing.
 """
 
 import argparse
-import importlib.util
+import contextlib
+import importlib
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
-import xml.etree.ElementTree as ElementTree
+from datetime import datetime, timezone
 from pathlib import Path
-
-import torch
+from typing import TextIO
 
 ROOT = Path(__file__).parents[1]
-
-
-def build(options: argparse.Namespace, deadline: float) -> int:
-    """Build and install the native library, and say what it then can do."""
-    cmake = shutil.which("cmake")
-    if cmake is None:
-        print("build: there is no cmake")
-        return 1
-    # a rehearsal leaves the library in use alone
-    prefix = options.out.resolve() if options.rehearse else ROOT
-    folder = prefix / "build"
-    for step in (
-        ["-S", ROOT, "-B", folder, "-G", "Ninja", f"-DPython_EXECUTABLE={sys.executable}"],
-        ["--build", folder],
-        ["--install", folder, "--prefix", prefix],
-    ):
-        status = run_until(deadline, [cmake, *step])
-        if status != 0:
-            return status
-    print(f"nvcc: {shutil.which('nvcc') or 'not found'}", flush=True)
-    return run_until(deadline, [sys.executable, "-m", "tokencache_kernels", "info"])
-
-
-def test(options: argparse.Namespace, deadline: float) -> int:
-    """Run the suite; end with the counts and the names of what failed."""
-    report = options.out / "junit.xml"
-    report.unlink(missing_ok=True)
-    workers = ["-n", "8"] if importlib.util.find_spec("xdist") and not options.rehearse else []
-    what = ["tests/test_layering.py"] if options.rehearse else []
-    status = run_until(
-        deadline, [sys.executable, "-m", "pytest", f"--junitxml={report}", *workers, *what]
-    )
-    if not report.exists():
-        print("test: the suite ended without a report")
-        return status or 1
-    suite = ElementTree.parse(report).find("testsuite")
-    counts = {name: int(suite.get(name)) for name in ("tests", "failures", "errors", "skipped")}
-    print(json.dumps({**counts, "seconds": float(suite.get("time"))}))
-    for case in suite.iter("testcase"):
-        if case.find("failure") is not None or case.find("error") is not None:
-            print(f"{case.get('classname')}::{case.get('name')}")
-    return status
-
-
-def kernels(options: argparse.Namespace, deadline: float) -> int:
-    """Time every op against the published way."""
-    # Triton reads TRITON_INTERPRET when it is imported
-    from .kernels import run_stage
-
-    return run_stage(options.out, deadline, options.rehearse, options.only, options.commit)
-
-
-def tune(options: argparse.Namespace, deadline: float) -> int:
-    """Try launch settings, case after case; those that win so far are always in the file."""
-    from tokencache_kernels.backends.triton import tune
-    from tokencache_kernels.backends.triton._launch import device_of
-
-    on_gpu = torch.cuda.is_available()
-    device = device_of(torch.device("cuda" if on_gpu else "cpu"))
-    measure = tune.measure_on_gpu if on_gpu else tune.measure_on_cpu
-    outcomes = []
-    for case in tune.find_cases(device):
-        if options.only not in case.kernel:
-            continue
-        if time.monotonic() > deadline:
-            print(f"the budget is spent before {case.kernel} ({case.label})")
-            break
-        outcomes.append(tune.try_settings(case, measure))
-        print(tune.describe_outcome(case, outcomes[-1]), flush=True)
-        record = tune.make_record(outcomes, device, " ".join(sys.argv))
-        (options.out / "launch-settings.json").write_text(json.dumps(record, indent=2) + "\n")
-    return 0
-
-
-def run_until(deadline: float, command: list[str | Path]) -> int:
-    """Run a command in the project's root, interrupt it at the deadline, and return its status."""
-    process = subprocess.Popen(command, cwd=ROOT)
-    try:
-        return process.wait(max(deadline - time.monotonic(), 0))
-    except subprocess.TimeoutExpired:
-        print(f"the budget is spent: stopping {command[0]}", flush=True)
-        # as from the keyboard: pytest then still reports
-        process.send_signal(signal.SIGINT)
-        try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
-            process.kill()
-        return 1
-
-
-STAGES = {"build": build, "test": test, "kernels": kernels, "tune": tune}
+# each names a module of this package with ``run_stage(options, deadline) -> status``
+STAGES = ("build", "test", "kernels", "attention")
+# called by themselves: the second half of kernels; what takes over into the package what was found
+EXTRA_STAGES = ("tune", "install")
+# after these, what was tuned is in use already, as it would be once installed
+WITH_TUNED_SETTINGS = ("attention", "layers", "models")
+# a stage that has not ended so long after its budget is killed
+GRACE_SECONDS = 30
+# of benchmarks/stages.py, which imports torch: this process must not
+LOST = 3
 
 
 def main() -> int:
-    """Run one stage."""
+    """Run one stage in processes of its own, or be such a process."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--stage", choices=STAGES, required=True)
+    parser.add_argument("--stage", choices=STAGES + EXTRA_STAGES, required=True)
     parser.add_argument("--out", type=Path, required=True, help="the folder for what is found")
     parser.add_argument("--budget", type=float, default=540, help="seconds; 540 if not given")
-    parser.add_argument("--only", default="", help="cases (op/shape) or kernels with this in them")
+    parser.add_argument("--device", choices=("cuda", "cpu"), help="cuda where there is one")
+    parser.add_argument("--only", default="", help="cases with this in their name (op/shape/dtype)")
     parser.add_argument("--commit", help="what is measured, where the tree has no git history")
     parser.add_argument("--rehearse", action="store_true", help="tiny inputs, few repeats")
+    # how this process tells the one that works what it must know: since when, and until when
+    parser.add_argument("--session", help=argparse.SUPPRESS)
+    parser.add_argument("--deadline", type=float, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    deadline = time.monotonic() + options.budget
-    if not torch.cuda.is_available():
-        if options.stage in ("kernels", "tune") and not options.rehearse:
-            parser.error("this stage needs a CUDA device (or --rehearse, to try it out)")
-        os.environ["TRITON_INTERPRET"] = "1"
     options.out.mkdir(parents=True, exist_ok=True)
-    return STAGES[options.stage](options, deadline)
+    return supervise(options) if options.session is None else work(options)
+
+
+def supervise(options: argparse.Namespace) -> int:
+    """Let processes work on the stage, one after the other dies, until it is done or time is up."""
+    deadline = time.monotonic() + options.budget
+    now = datetime.now(timezone.utc)
+    command = [
+        *(sys.executable, "-m", "benchmarks.gpu", *sys.argv[1:]),
+        *("--session", f"{now.isoformat()}-{os.getpid()}", "--deadline", str(deadline)),
+    ]
+    at = options.out / "at.json"
+    at.unlink(missing_ok=True)
+    with (options.out / f"{options.stage}.log").open("a") as log:
+        log.write(f"\n{now.isoformat(timespec='seconds')} {' '.join(sys.argv[1:])}\n")
+        while True:
+            status = run_logged(command, log, deadline + GRACE_SECONDS)
+            if status is None:
+                say("the budget is spent: what was at work is left for another call", log)
+                status = 0
+            elif at.exists():
+                say(f"{record_death(at, status)}; another process goes on", log)
+                continue
+            elif status == LOST:
+                say("another process goes on", log)
+                continue
+            at.unlink(missing_ok=True)
+            return status
+
+
+def record_death(at: Path, status: int) -> str:
+    """Record that the work named in ``at`` ended its process; return the error."""
+    begun = json.loads(at.read_text())
+    cause = signal.Signals(-status).name if status < 0 else f"status {status}"
+    error = f"the process ended with {cause}"
+    utc = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    with Path(begun["path"]).open("a") as file:
+        file.write(json.dumps({**begun["record"], "error": error, "utc": utc}) + "\n")
+    at.unlink()
+    return error
+
+
+def run_logged(command: list[str], log: TextIO, deadline: float) -> int | None:
+    """Run a command, all it says into the log as well; its status, or None if it had no time."""
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        errors="replace", start_new_session=True, env=make_environment(),
+    )  # fmt: skip
+    # in a thread: what a command has started may hold the pipe open after its end
+    reader = threading.Thread(
+        target=lambda: [say(line.rstrip("\n"), log) for line in process.stdout], daemon=True
+    )
+    reader.start()
+    try:
+        return process.wait(max(deadline - time.monotonic(), 0))
+    except subprocess.TimeoutExpired:
+        return None
+    finally:
+        # what it has started and left behind, too
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        reader.join(5)
+
+
+def make_environment() -> dict[str, str]:
+    """The environment of a stage: with what ``build`` found in wheels, and output as it comes."""
+    unpacked = ROOT / "build" / "site-packages"
+    search = {
+        name: os.pathsep.join(filter(None, (str(folder), os.environ.get(name))))
+        for name, folder in (("PYTHONPATH", unpacked), ("PATH", unpacked / "bin"))
+    }
+    return {**os.environ, **search, "PYTHONUNBUFFERED": "1"}
+
+
+def say(line: str, log: TextIO) -> None:
+    """Print a line, and keep it."""
+    print(line, flush=True)
+    log.write(line + "\n")
+    log.flush()
+
+
+def work(options: argparse.Namespace) -> int:
+    """Do the work of a stage in this process."""
+    if options.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    # not before: torch looks for devices, and Triton for TRITON_INTERPRET, once
+    import torch
+
+    options.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if options.rehearse and options.device.type == "cpu":
+        os.environ["TRITON_INTERPRET"] = "1"
+    tuned = options.out / "launch-settings.json"
+    if options.stage in WITH_TUNED_SETTINGS and tuned.exists() and not options.rehearse:
+        os.environ.setdefault("TOKENCACHE_LAUNCH_SETTINGS", str(tuned.resolve()))
+    run_stage = importlib.import_module(f".{options.stage}", __package__).run_stage
+    status: int = run_stage(options, options.deadline)
+    return status
 
 
 if __name__ == "__main__":

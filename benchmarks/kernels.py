@@ -1,38 +1,37 @@
-"""The stage ``kernels``: each op against the published way, next to what the device can do.
+"""The stage ``kernels``: each op against what else a user could pick, and what the device can do.
 
-A case is one op at one shape. Its contenders run in turn over the same sets of inputs: on a GPU as
-they are called (``stream``) and as a replayed graph (``graph``); for the leading shapes also the
-published way as ``torch.compile`` makes it, in a graph too. Ours is timed only where its result is
-that of the published way.
+A case is one op at one shape in one dtype. Its contenders run in turn over the same sets of inputs:
+on a GPU as they are called (``stream``) and as a replayed graph (``graph``); at the leading shapes
+also as ``torch.compile`` makes it, in a graph too. A contender is timed only where its result is
+that of the published way. What time is left goes to launch settings (``tune.py``).
 """
 
-import faulthandler
+import argparse
+import gc
 import statistics
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
-from math import ceil
-from pathlib import Path
+from operator import itemgetter
 from typing import Any
 
 import torch
 
 from tokencache_kernels import backends
 
-from .cases import LEADING, OPS, SHAPES, TINY, Op, Shape, bind
-from .records import append_record, describe_run, is_same_code, read_records
-from .timing import capture, time_in_turn
+from . import cases, published, tune
+from .cases import OPS, Inputs, Op, Shape, bind
+from .profiling import list_kernels, measure_peak_bytes
+from .records import describe_run
+from .stages import Journal, Record, describe, describe_error, work_through
+from .timing import capture, summarise, time_in_turn
 
-DTYPE = torch.bfloat16
-BACKENDS = ("triton", "native")
 # a few roundings; the tests hold each backend to far less
 MAX_ERROR = 2e-2
-# programs that wait for each other may wait for ever: a case that takes this long has failed
-MAX_SECONDS = 240
+# what a sample lasts, at least
+SAMPLE_SECONDS = 0.005
 
-Inputs = dict[str, Any]
 Call = Callable[[], Any]
 
 
@@ -43,71 +42,136 @@ class Ceilings:
     bytes: float
     flops: float
 
-    def share(self, record: dict[str, Any]) -> float:
+    @property
+    def fields(self) -> Record:
+        """As records name them."""
+        return {
+            "ceiling_gbps_measured": self.bytes / 1e9,
+            "ceiling_tflops_measured": self.flops / 1e12,
+        }
+
+    def share(self, record: Record) -> float:
         """How near to the least time that the work must take it was done."""
         floor = max(record["bytes"] / self.bytes, record["flops"] / self.flops)
         return 1e3 * floor / record["median_ms"]
 
 
 @dataclass(frozen=True)
+class Case:
+    """One op at one shape in one dtype; ``is_leading``: also compiled, and its kernels listed."""
+
+    op: Op
+    shape: Shape
+    dtype: torch.dtype
+    is_leading: bool
+
+    @property
+    def key(self) -> Record:
+        """What its records have in common."""
+        return {"case": self.op.name, "shape": self.shape.name, "dtype": name_dtype(self.dtype)}
+
+
+@dataclass(frozen=True)
 class Way:
-    """One way to do an op's work: ``bind`` makes inputs into a call, to be timed in some modes."""
+    """One way to do an op's work: ``bind`` makes inputs into a call, to be timed in some modes.
+
+    ``is_comparable``: it must give what the published way gives. ``notes``: what its records say
+    beside.
+    """
 
     name: str
     bind: Callable[[Inputs], Call]
     modes: tuple[str, ...]
+    is_baseline: bool = True
+    is_comparable: bool = True
+    make_notes: Callable[[], Record] = dict
 
 
-def run_stage(out: Path, deadline: float, rehearse: bool, only: str, commit: str | None) -> int:
-    """Time the cases that ``out`` does not hold yet until the deadline; end with a table."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    path = out / "kernels.jsonl"
-    facts = {**describe_run(device, commit), "dtype": "bfloat16", "rehearsal": rehearse}
-    records = [record for record in read_records(path) if is_same_code(record, facts)]
-    done = {(record["case"], record["shape"]) for record in records}
-    cases = [
-        case for case in list_cases(rehearse, only) if (case[0].name, case[1].name) not in done
+def run_stage(options: argparse.Namespace, deadline: float) -> int:
+    """Time the ops; end with a table, and with what is left of the time for launch settings."""
+    timed = [op for op in OPS.values() if op not in cases.attention.OPS]
+    status = time_ops("kernels", timed, options, deadline)
+    if tune.is_possible(options):
+        status |= tune.run_stage(options, deadline)
+    return status
+
+
+def time_ops(stage: str, ops: Sequence[Op], options: argparse.Namespace, deadline: float) -> int:
+    """Time the cases of these ops that have no records yet; print the table of all."""
+    facts = describe_run(options.device, options.commit, options.session)
+    journal = Journal(options.out, stage, {**facts, "rehearsal": options.rehearse})
+    found = [
+        case
+        for case in list_cases(ops, options.device, options.rehearse)
+        if options.only in "/".join(case.key.values())
     ]
-    ceilings = measure_ceilings(device, rehearse)
-    facts["ceiling_gbps_measured"] = ceilings.bytes / 1e9
-    facts["ceiling_tflops_measured"] = ceilings.flops / 1e12
-    print(
-        f"{facts['device']}: copies {ceilings.bytes / 1e9:.3g} GB/s, multiplies "
-        f"{ceilings.flops / 1e12:.3g} TFLOP/s; {len(cases)} cases to time, {len(done)} done before"
-    )
-    for number, (op, shape) in enumerate(cases):
-        if time.monotonic() > deadline:
-            print(f"the budget is spent: {len(cases) - number} cases are left for another call")
-            break
-        faulthandler.dump_traceback_later(MAX_SECONDS, exit=True)
-        for record in time_case(op, shape, device, rehearse):
-            if "error" not in record:
-                record["share_of_ceiling"] = ceilings.share(record)
-            records.append({**record, **facts})
-            append_record(path, records[-1])
-            print(describe(record), flush=True)
-        faulthandler.cancel_dump_traceback_later()
-    print_table(records)
-    return int(any("error" in record for record in records))
+    ceilings = measure_all_ceilings({case.dtype for case in found}, options, journal)
+    measure = partial(time_case, ceilings=ceilings, device=options.device, journal=journal)
+    work_through(journal, found, partial(measure, rehearse=options.rehearse), deadline)
+    print_table(journal.records)
+    return int(any("error" in r and not r.get("baseline") for r in journal.records))
 
 
-def list_cases(rehearse: bool, only: str) -> list[tuple[Op, Shape]]:
+def list_cases(ops: Sequence[Op], device: torch.device, rehearse: bool) -> list[Case]:
     """The most informative first: every op at one shape, then at the next."""
+    if rehearse:
+        plan = [(cases.TINY, torch.bfloat16, True)]
+    elif device.type == "cpu":
+        plan = [
+            (shape, dtype, shape in cases.CPU_LEADING)
+            for shape in cases.CPU_SHAPES
+            for dtype in (torch.bfloat16, torch.float32)
+        ]
+    else:
+        shapes = (*cases.SHAPES[:7], *cases.RATIOS, *cases.SHAPES[7:])
+        plan = [(shape, torch.bfloat16, shape in cases.LEADING) for shape in shapes]
     return [
-        (op, shape)
-        for shape in ((TINY,) if rehearse else SHAPES)
-        for op in OPS.values()
-        if op.fits(shape) and only in f"{op.name}/{shape.name}"
+        Case(op, *where)
+        for where in plan
+        for op in ops
+        if op.fits(where[0]) and is_news(op, where[0])
     ]
 
 
-def measure_ceilings(device: torch.device, rehearse: bool) -> Ceilings:
+def is_news(op: Op, shape: Shape) -> bool:
+    """Whether the op depends on the share of fresh tokens, where only that is another."""
+    if shape not in cases.RATIOS:
+        return True
+    fewer = replace(shape, S=1)
+    return op.count_bytes(shape, 2) != op.count_bytes(fewer, 2)
+
+
+def measure_all_ceilings(
+    dtypes: set[torch.dtype], options: argparse.Namespace, journal: Journal
+) -> dict[torch.dtype, Ceilings]:
+    """The ceilings for each dtype, recorded."""
+    found = {}
+    for dtype in sorted(dtypes, key=str):
+        key = {"case": "ceilings", "shape": "large", "dtype": name_dtype(dtype)}
+        journal.enter(key)
+        found[dtype] = measure_ceilings(options.device, options.rehearse, dtype)
+        journal.write({**key, **found[dtype].fields})
+        journal.leave()
+        gbps, tflops = found[dtype].fields.values()
+        print(
+            f"{journal.facts['device']}, {key['dtype']}: copies {gbps:.4g} GB/s, multiplies "
+            f"{tflops:.3g} TFLOP/s", flush=True,
+        )  # fmt: skip
+    return found
+
+
+def measure_ceilings(device: torch.device, rehearse: bool, dtype: torch.dtype) -> Ceilings:
     """The rates of a large copy, counting reads and writes, and of a large matrix product."""
-    num_bytes, side = (2**16, 32) if rehearse else (2**30, 8192)
+    num_bytes, side = (2**30, 8192) if device.type == "cuda" else (2**28, 2048)
+    if rehearse:
+        num_bytes, side = 2**16, 32
     source = torch.randint(0, 256, (num_bytes,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    a, b = torch.randn(2, side, side, dtype=DTYPE, device=device)
-    runs = {"copy": lambda: target.copy_(source), "multiply": lambda: a @ b}
+    a, b = torch.randn(2, side, side, dtype=dtype, device=device)
+    out = torch.empty_like(a)
+    runs = {"copy": lambda: target.copy_(source), "multiply": lambda: torch.mm(a, b, out=out)}
+    for run in runs.values():
+        run()
     times = time_in_turn(runs, device, samples=2 if rehearse else 20)
     return Ceilings(
         bytes=2 * num_bytes / statistics.median(times["copy"]),
@@ -116,66 +180,105 @@ def measure_ceilings(device: torch.device, rehearse: bool) -> Ceilings:
 
 
 def time_case(
-    op: Op, shape: Shape, device: torch.device, rehearse: bool
-) -> Iterator[dict[str, Any]]:
-    """A record for each contender; for a way that fails, one with the error in place of times."""
-    case = {
-        "case": op.name,
-        "shape": shape.name,
+    case: Case,
+    ceilings: dict[torch.dtype, Ceilings],
+    device: torch.device,
+    journal: Journal,
+    rehearse: bool,
+) -> Iterator[Record]:
+    """A record for each contender; for one that fails, one with the error in place of times."""
+    op, shape, dtype = case.op, case.shape, case.dtype
+    release_memory()
+    common = {
+        **case.key,
         "sizes": vars(shape),
-        "bytes": op.count_bytes(shape, DTYPE.itemsize),
+        "bytes": op.count_bytes(shape, dtype.itemsize),
         "flops": op.count_flops(shape),
+        **ceilings[dtype].fields,
     }
-    num_sets = 2 if rehearse else op.num_sets(shape, DTYPE)
-    make_inputs = partial(op.make_inputs, shape, DTYPE, device)
-    sets = [make_inputs(seed) for seed in range(num_sets)]
-    runs = {}
-    for way in list_ways(op, device, with_compiled=shape in LEADING):
-        try:
-            if way.name not in op.baselines:
-                check_result(way, op, make_inputs)
-            for mode in way.modes:
-                runs[way.name, mode] = prepare_run([way.bind(inputs) for inputs in sets], mode)
-        except Exception as error:
-            yield {**case, "backend": way.name, "error": f"{type(error).__name__}: {error}"}
-            if device.type == "cuda":
-                # raises where the device is lost, and so ends the stage
-                torch.cuda.synchronize()
-    max_repeats = 1 if rehearse else ceil(20 / num_sets)
-    times = time_in_turn(runs, device, samples=2 if rehearse else 30, max_repeats=max_repeats)
-    for (name, mode), seconds in times.items():
-        milliseconds = [1e3 * second / num_sets for second in seconds]
-        p20, *_, p80 = statistics.quantiles(milliseconds, n=5, method="inclusive")
-        yield {
-            **case,
-            "backend": name,
-            "mode": mode,
-            "baseline": name in op.baselines,
-            "median_ms": statistics.median(milliseconds),
-            "p20_ms": p20,
-            "p80_ms": p80,
-            "runs": len(milliseconds),
-            "input_sets": num_sets,
-        }
+    make_inputs = partial(op.make_inputs, shape, dtype, device)
+    sets = [make_inputs(seed) for seed in range(2 if rehearse else op.num_sets(shape, dtype))]
+    failed = journal.failed(case.key)
+    runs, records, first_calls = {}, {}, {}
+    for way in list_ways(op, dtype, device, case.is_leading and not rehearse):
+        for mode in way.modes:
+            contender = {"backend": way.name, "mode": mode, "baseline": way.is_baseline}
+            if (way.name, mode) in failed:
+                break
+            journal.enter(case.key, **contender)
+            try:
+                if way.is_comparable and mode != "graph":
+                    check_result(way, op, make_inputs)
+                calls = [way.bind(inputs) for inputs in sets]
+                runs[way.name, mode] = prepare_run(calls, mode)
+                first_calls[way.name, mode] = calls[0]
+                records[way.name, mode] = {
+                    **common,
+                    **contender,
+                    **way.make_notes(),
+                    "input_sets": len(sets),
+                    "peak_bytes": measure_peak_bytes(calls[0], device),
+                }
+            except Exception as error:
+                yield {**common, **contender, "error": describe_error(error)}
+                break
+    journal.enter(case.key)
+    sample_seconds = 0 if rehearse else SAMPLE_SECONDS
+    times = time_in_turn(runs, device, 2 if rehearse else 30, sample_seconds)
+    if case.is_leading and all(r.get("backend") != "trace" for r in journal.records):
+        # afterwards, and never again if a process should die of it
+        journal.enter(case.key, backend="trace")
+        for contender, call in first_calls.items():
+            records[contender]["ran"] = list_kernels(call, device)
+    for contender, seconds in times.items():
+        record = {**records[contender], **summarise(seconds, parts=len(sets))}
+        yield {**record, "share_of_ceiling": ceilings[dtype].share(record)}
 
 
-def list_ways(op: Op, device: torch.device, with_compiled: bool) -> Iterator[Way]:
-    """Ours on each backend that is fast and can run here; then the baselines."""
+def release_memory() -> None:
+    """Let go of what cases before have left: their graphs, and what was compiled for them."""
+    # the next case may compile the same code anew; after some times the compiler would give up
+    torch._dynamo.reset()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def list_ways(
+    op: Op, dtype: torch.dtype, device: torch.device, with_compiled: bool
+) -> Iterator[Way]:
+    """The published way, ours on each backend that can run here, then the other baselines."""
     on_gpu = device.type == "cuda"
     modes = ("stream", "graph") if on_gpu else ("stream",)
-    for backend in BACKENDS:
-        if backends.unavailable(backend, op.name, device, DTYPE) is None:
+    baselines = op.baselines(device.type)
+    yield Way(op.eager, partial(bind, baselines.pop(op.eager)), modes, is_comparable=False)
+    # the reference is for every device, but on a GPU it is the published way over again
+    for backend in ("triton", "native") if on_gpu else ("triton", "native", "reference"):
+        if backends.unavailable(backend, op.backend_op, device, dtype) is None:
             ours = partial(bind, op.ours, backend=backend)
-            yield Way(backend, ours, modes)
+            yield Way(backend, ours, modes, is_baseline=backend == "reference")
             if (backend, op.name) == ("triton", "mlp_"):
-                yield Way("triton-persistent", partial(bind_persistent, ours), modes)
-    for name, baseline in op.baselines.items():
-        yield Way(name, partial(bind, baseline), modes)
-    if on_gpu and with_compiled:
-        name, published = next(iter(op.baselines.items()))
+                persistent = partial(bind_persistent, ours)
+                yield Way("triton-persistent", persistent, modes, is_baseline=False)
+    for name, baseline in baselines.items():
+        make_notes = partial(note_gelu, dtype, device) if name in ("addmm", "library") else dict
+        is_comparable = name != "dense"
+        yield Way(name, partial(bind, baseline), modes, True, is_comparable, make_notes)
+    if with_compiled:
+        name = op.compiled or op.eager
         # the graph is ours, as for the others, so that all rotate over the same sets
-        compiled = torch.compile(published, mode="max-autotune-no-cudagraphs", dynamic=False)
+        compiled = torch.compile(
+            op.baselines(device.type)[name],
+            mode="max-autotune-no-cudagraphs",
+            dynamic=False,
+            fullgraph=True,
+        )
         yield Way(name, partial(bind, compiled), ("compiled",))
+
+
+def note_gelu(dtype: torch.dtype, device: torch.device) -> Record:
+    """Which GELU the library's product computes: ours is that of ``tanh``."""
+    return {"gelu": published.name_library_gelu(dtype, device)}
 
 
 def bind_persistent(bind_ours: Callable[[Inputs], Call], inputs: Inputs) -> Call:
@@ -197,54 +300,68 @@ def bind_persistent(bind_ours: Callable[[Inputs], Call], inputs: Inputs) -> Call
 
 def check_result(way: Way, op: Op, make_inputs: Callable[[int], Inputs]) -> None:
     """Compare the results on equal inputs, which the calls may change."""
-    published = next(iter(op.baselines.values()))
-    ours, wanted = way.bind(make_inputs(0))().float(), bind(published, make_inputs(0))().float()
-    error = ((ours - wanted).norm() / wanted.norm()).item()
-    if not error <= MAX_ERROR:
-        raise ValueError(f"the result is off by {error:.2g} of its norm, allowed {MAX_ERROR}")
+    ours = as_tuple(way.bind(make_inputs(0))())
+    # ours may return more
+    for found, wanted in zip(ours, as_tuple(bind(op.published, make_inputs(0))()), strict=False):
+        found, wanted = found.float(), wanted.float()
+        error = ((found - wanted).norm() / wanted.norm()).item()
+        if not error <= MAX_ERROR:
+            raise ValueError(f"the result is off by {error:.2g} of its norm, allowed {MAX_ERROR}")
+
+
+def as_tuple(result: Any) -> tuple[torch.Tensor, ...]:
+    """One tensor or several."""
+    return (result,) if isinstance(result, torch.Tensor) else tuple(result)
 
 
 def prepare_run(calls: Sequence[Call], mode: str) -> Callable[[], None]:
-    """Make all calls one run, a captured graph unless in mode ``stream``; it has run once."""
+    """Make all calls one run, on a GPU a captured graph unless in mode ``stream``; it has run."""
 
     def run() -> None:
         for call in calls:
             call()
 
     run()
-    return run if mode == "stream" else capture(run)
+    return run if mode == "stream" or not torch.cuda.is_available() else capture(run)
 
 
-def describe(record: dict[str, Any]) -> str:
-    """One line of progress."""
-    what = f"{record['case']} {record['shape']} {record['backend']}"
-    if "error" in record:
-        return f"{what}: {record['error']}"
-    return (
-        f"{what} {record['mode']}: {record['median_ms']:.4f} ms "
-        f"({record['p20_ms']:.4f} to {record['p80_ms']:.4f}), "
-        f"{record['share_of_ceiling']:.0%} of the ceiling"
-    )
+def name_dtype(dtype: torch.dtype) -> str:
+    """``bfloat16``."""
+    return str(dtype).removeprefix("torch.")
 
 
-def print_table(records: list[dict[str, Any]]) -> None:
+def print_table(records: list[Record]) -> None:
     """A line a case: the fastest of ours beside the published way as called and the fastest other.
 
-    In microseconds. ``dense`` counts as an other: it is what caching must beat.
+    In microseconds. ``dense`` is no other: it is what caching must beat, and stands by itself.
     """
-    timed = [record for record in records if "error" not in record]
-    print(f"\n{'case':38}{'ours':>9} {'':24}{'published':>10}{'fastest other':>15}")
-    for (op, shape), group in groupby(timed, key=lambda record: (record["case"], record["shape"])):
-        contenders = sorted(group, key=lambda record: record["median_ms"])
-        others = [record for record in contenders if record["baseline"]]
-        published = next(iter(OPS[op].baselines))
-        called = [r for r in others if (r["backend"], r["mode"]) == (published, "stream")]
-        ours = [record for record in contenders if not record["baseline"]]
-        cells = [
-            f"{1e3 * found[0]['median_ms']:9.1f}" if found else f"{'-':>9}"
-            for found in (ours, called, others)
-        ]
-        ours_by, other_by = (
-            f"{found[0]['backend']} {found[0]['mode']}" if found else "" for found in (ours, others)
+    print(
+        f"\n{'microseconds':58}{'ours':>10} {'':26}{'bound':>5}{'published':>11}"
+        f"{'fastest other':>15} {'':22}{'dense':>9}"
+    )
+    timed = [record for record in records if "median_ms" in record]
+    for (name, shape, dtype), group in groupby(timed, key=itemgetter("case", "shape", "dtype")):
+        ways = sorted(group, key=itemgetter("median_ms"))
+        ours = next((way for way in ways if not way["baseline"]), None)
+        other = next((way for way in ways if way["baseline"] and way["backend"] != "dense"), None)
+        dense = next((way for way in ways if way["backend"] == "dense"), None)
+        called = (OPS[name].eager, "stream")
+        published_way = next((w for w in ways if (w["backend"], w["mode"]) == called), None)
+        share = f"{ours['share_of_ceiling']:.0%}" if ours else ""
+        print(
+            f"{f'{name} {shape} {dtype}':58}{show(ours, 10)} {say_who(ours):26}{share:>5}"
+            f"{show(published_way, 11)}{show(other, 15)} {say_who(other):22}{show(dense, 9)}"
         )
-        print(f"{op + ' ' + shape:38}{cells[0]} {ours_by:24} {cells[1]}{cells[2]} {other_by}")
+    for record in records:
+        if "error" in record and not record.get("baseline"):
+            print(describe(record))
+
+
+def show(record: Record | None, width: int) -> str:
+    """The microseconds, or a dash."""
+    return f"{'-':>{width}}" if record is None else f"{1e3 * record['median_ms']:{width}.1f}"
+
+
+def say_who(record: Record | None) -> str:
+    """Who took them."""
+    return "" if record is None else f"{record['backend']} {record['mode']}"

@@ -1,8 +1,10 @@
 """Records of measurements: JSON objects, one a line, that are only ever appended."""
 
 import json
+import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,9 @@ import torch
 from tokencache_kernels import info
 
 
-def describe_run(device: torch.device, commit: str | None) -> dict[str, Any]:
+def describe_run(
+    device: torch.device, commit: str | None, session: str | None = None
+) -> dict[str, Any]:
     """What every record of a run carries; ``commit`` is for a tree that has no history with it."""
     source = info.source_facts()
     if source["git"] is None:
@@ -21,8 +25,14 @@ def describe_run(device: torch.device, commit: str | None) -> dict[str, Any]:
         **info.machine_facts(device),
         "cuda": torch.version.cuda,
         "driver": driver_version(),
+        "environment": {
+            name: value
+            for name, value in sorted(os.environ.items())
+            if name.startswith(("TOKENCACHE_", "TRITON_INTERPRET"))
+        },
         **source,
         "command": " ".join((Path(sys.argv[0]).name, *sys.argv[1:])),
+        "session": session,
     }
 
 
@@ -35,7 +45,7 @@ def driver_version() -> str | None:
         return None
 
 
-def append_record(path: Path, record: dict[str, Any]) -> None:
+def append_record(path: Path, record: Mapping[str, Any]) -> None:
     """Write one record, with the time, so that nothing is lost when the machine goes away."""
     utc = datetime.now(timezone.utc).isoformat(timespec="seconds")
     with path.open("a") as file:
@@ -47,8 +57,10 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def is_same_code(record: dict[str, Any], facts: dict[str, Any]) -> bool:
-    """Whether a record is of the very code that runs now, on the same device."""
+def is_same_run(record: dict[str, Any], facts: dict[str, Any]) -> bool:
+    """Whether a record is of this session, or of the very code that runs now on the same device."""
+    if facts["session"] is not None and record.get("session") == facts["session"]:
+        return True
     if facts["git"] is None or facts["dirty"] or record["dirty"]:
         return False
-    return all(record[name] == facts[name] for name in ("git", "device"))
+    return all(record[name] == facts[name] for name in ("git", "device", "rehearsal"))

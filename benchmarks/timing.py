@@ -1,8 +1,11 @@
 """Time, as the device itself tells it: a host's clock round asynchronous calls says nothing."""
 
+import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import pairwise
 from math import ceil
+from typing import Any
 
 import torch
 
@@ -32,34 +35,68 @@ def make_clock(device: torch.device) -> Callable[[], float]:
 
 
 def time_in_turn(
-    contenders: Mapping[str, Callable[[], object]],
+    contenders: Mapping[Any, Callable[[], object]],
     device: torch.device,
     samples: int,
-    max_repeats: int = 1,
-    enough_seconds: float = 0.01,
-) -> dict[str, list[float]]:
+    sample_seconds: float = 0.005,
+    all_seconds: float = 20,
+) -> dict[Any, list[float]]:
     """The seconds that one run of each contender takes, ``samples`` times, all in turn.
 
     In turn, so that a drift of the device's clocks meets them alike. A sample is the mean over as
-    many runs as last for ``enough_seconds``, but no more than ``max_repeats``.
+    many runs as last for ``sample_seconds``. Where all samples would take longer than
+    ``all_seconds``, there are fewer of them, but no fewer than 5.
     """
     clock = make_clock(device)
-    repeats = {}
-    for name, run in contenders.items():
-        once = _time(run, 1, clock)
-        repeats[name] = min(max_repeats, ceil(enough_seconds / max(once, 1e-9)))
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    once = {name: _time(run, 1, clock) for name, run in contenders.items()}
+    repeats = {name: max(1, ceil(sample_seconds / max(time, 1e-9))) for name, time in once.items()}
+    a_round = sum(max(time, sample_seconds) for time in once.values())
+    samples = min(samples, max(5, int(all_seconds / max(a_round, 1e-9))))
+    seconds: dict[Any, list[float]] = {name: [] for name in contenders}
     for _ in range(samples):
         for name, run in contenders.items():
             seconds[name].append(_time(run, repeats[name], clock))
     return seconds
 
 
+def time_parts(parts: Iterable[Callable[[], object]], device: torch.device) -> list[float]:
+    """The seconds that each part takes, run one after the other without a wait in between."""
+    if device.type != "cuda":
+        ends = [time.perf_counter()]
+        for run in parts:
+            run()
+            ends.append(time.perf_counter())
+        return [end - start for start, end in pairwise(ends)]
+    events = [_record_event()]
+    for run in parts:
+        run()
+        events.append(_record_event())
+    events[-1].synchronize()
+    return [start.elapsed_time(end) / 1e3 for start, end in pairwise(events)]
+
+
+def summarise(seconds: Sequence[float], parts: int = 1) -> dict[str, float | int]:
+    """What a record says of one of the equal parts of a run, given the seconds of some runs."""
+    milliseconds = [1e3 * second / parts for second in seconds]
+    p20, *_, p80 = statistics.quantiles(milliseconds, n=5, method="inclusive")
+    return {
+        "median_ms": statistics.median(milliseconds),
+        "p20_ms": p20,
+        "p80_ms": p80,
+        "runs": len(milliseconds),
+    }
+
+
 def capture(run: Callable[[], object]) -> Callable[[], None]:
-    """The replay of a CUDA graph of ``run``, which must have run before."""
-    graph = torch.cuda.CUDAGraph()
+    """The replay of a CUDA graph of ``run``."""
+    # what a library or a compiler sets up at a first call, on a first stream, cannot be captured
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run()
     torch.cuda.synchronize()
-    with torch.cuda.graph(graph):
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
         run()
     return graph.replay
 

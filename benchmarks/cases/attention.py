@@ -1,0 +1,39 @@
+"""Fresh queries over all keys, and over a text with the entropies of what they attend to."""
+
+from tokencache_kernels import ops
+
+from .. import published
+from .op import Op
+
+
+def _attention_with_entropy(fresh_query, text_key, text_value, text_lengths, backend):
+    out, _, entropy = ops.attention_with_entropy(
+        fresh_query, text_key, text_value, key_lengths=text_lengths, head_mean=True, backend=backend
+    )
+    return out, entropy
+
+
+OPS = (
+    Op(
+        "attention",
+        lambda fresh_query, key, value, backend: ops.attention(
+            fresh_query, key, value, backend=backend
+        )[0],
+        published.attention,
+        lambda s, size: 2 * s.B * (s.S + s.N) * s.D * size,
+        lambda s: 4 * s.B * s.S * s.N * s.D,
+        eager="sdpa",
+        others=published.ATTENTIONS_OF_LIBRARIES,
+        on_cuda=published.ATTENTIONS_OF_TORCH,
+        dense=published.dense_attention,
+    ),
+    Op(
+        "attention_with_entropy",
+        _attention_with_entropy,
+        published.attention_with_entropy,
+        lambda s, size: 2 * s.B * (s.S + s.T) * s.D * size + 4 * s.B * s.S,
+        # queries are multiplied by keys twice
+        lambda s: 6 * s.B * s.S * s.T * s.D,
+        fits=lambda s: s.T > 0,
+    ),
+)

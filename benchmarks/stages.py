@@ -1,0 +1,139 @@
+"""What the measuring stages share: cases in order, each of which leaves records whatever happens.
+
+A stage works in a process of its own, because an error of CUDA spoils every later call of the
+process that met it. Before it takes up a piece of work it writes into ``at.json`` what that is. Who
+finds this file after the process's end knows what it died of, records that, and lets another
+process go on with the rest.
+"""
+
+import faulthandler
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from .records import append_record, is_same_run, read_records
+
+# programs that wait for each other may wait for ever: a case that takes this long has failed
+MAX_SECONDS = 240
+# the exit status of a stage whose device is lost, and with it every later call in the process
+LOST = 3
+
+Record = dict[str, Any]
+
+
+class Case(Protocol):
+    """A piece of work: ``key`` is what its records have in common: case, shape and dtype."""
+
+    @property
+    def key(self) -> Record: ...
+
+
+class Journal:
+    """The records of one stage: those of this run and its kind are ``records``."""
+
+    def __init__(self, out: Path, stage: str, facts: Mapping[str, Any]) -> None:
+        self.path = out / f"{stage}.jsonl"
+        self.at = out / "at.json"
+        self.facts = dict(facts)
+        self.records = [r for r in read_records(self.path) if is_same_run(r, self.facts)]
+
+    def write(self, record: Record) -> None:
+        """Append a record, with the facts of the run."""
+        record = {**record, **self.facts}
+        append_record(self.path, record)
+        self.records.append(record)
+
+    def enter(self, key: Record, **contender: str) -> None:
+        """Say what is begun: a case, or one ``backend`` and ``mode`` of it."""
+        begun = {"path": str(self.path), "record": {**key, **contender, **self.facts}}
+        self.at.write_text(json.dumps(begun))
+
+    def leave(self) -> None:
+        """Say that it is finished."""
+        self.at.unlink(missing_ok=True)
+
+    def of_case(self, key: Record) -> list[Record]:
+        """The records of one case."""
+        return [r for r in self.records if all(r.get(name) == key[name] for name in key)]
+
+    def is_done(self, key: Record) -> bool:
+        """Whether the case has been measured, or has failed as a whole."""
+        return any("error" not in r or "backend" not in r for r in self.of_case(key))
+
+    def failed(self, key: Record) -> set[tuple[str, str | None]]:
+        """The contenders of the case that must not be tried again: (backend, mode or None)."""
+        return {
+            (r["backend"], r.get("mode"))
+            for r in self.of_case(key)
+            if "error" in r and "backend" in r
+        }
+
+
+def work_through(
+    journal: Journal,
+    cases: Sequence[Case],
+    measure: Callable[[Any], Iterable[Record]],
+    deadline: float,
+) -> None:
+    """Measure the cases that have no records yet, in order, until the deadline."""
+    todo = [case for case in cases if not journal.is_done(case.key)]
+    print(f"{len(todo)} cases to time, {len(cases) - len(todo)} done before", flush=True)
+    for number, case in enumerate(todo):
+        if time.monotonic() > deadline:
+            print(f"the budget is spent: {len(todo) - number} cases are left for another call")
+            break
+        faulthandler.dump_traceback_later(MAX_SECONDS, exit=True)
+        journal.enter(case.key)
+        for record in _or_error(measure, case):
+            journal.write(record)
+            print(describe(record), flush=True)
+            expect_device(journal)
+        journal.leave()
+        faulthandler.cancel_dump_traceback_later()
+
+
+def _or_error(measure: Callable[[Any], Iterable[Record]], case: Case) -> Iterator[Record]:
+    """What ``measure`` yields of the case, and its error, if it ends in one."""
+    try:
+        yield from measure(case)
+    except Exception as error:
+        yield {**case.key, "error": describe_error(error)}
+
+
+def expect_device(journal: Journal) -> None:
+    """End the process if the device is lost to it."""
+    if torch.cuda.is_initialized():
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as error:
+            print(f"the device is lost: {describe_error(error)}", flush=True)
+            journal.leave()
+            raise SystemExit(LOST) from None
+
+
+def describe_error(error: Exception) -> str:
+    """The kind of error and its first lines: compilers and CUDA add pages."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {' '.join(lines[:4])}"[:600]
+
+
+def describe(record: Record) -> str:
+    """One line of progress."""
+    what = " ".join(
+        str(record[name])
+        for name in ("case", "shape", "dtype", "backend", "mode")
+        if name in record
+    )
+    if "error" in record:
+        return f"{what}: {record['error']}"
+    if "median_ms" not in record:
+        return what
+    share = record.get("share_of_ceiling")
+    return (
+        f"{what}: {record['median_ms']:.4f} ms ({record['p20_ms']:.4f} to {record['p80_ms']:.4f})"
+        + (f", {share:.0%} of the ceiling" if share is not None else "")
+    )
