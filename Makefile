@@ -42,7 +42,7 @@ build: setup  # the native library alone, for work on csrc/
 lint: setup
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	clang-format --dry-run -Werror $(filter-out %.map,$(NATIVE)) tests/c_api/*.cpp examples/c_api/*.cpp
+	clang-format --dry-run -Werror $(filter-out %.map,$(NATIVE)) tests/c_api/*.c tests/c_api/*.cpp examples/c_api/*.cpp
 
 types: setup
 	$(PY) -m mypy

@@ -12,6 +12,7 @@ tokencache_status tokencache_blend(const tokencache_blend_args* args, tokencache
     const auto& a = *args;
     call.expect_sizes(a.B, a.N, 0, a.D);
     const Type type = call.type_of(a.dtype);
+    call.expect_kernel(type, a.B, 0);
     const int64_t size = size_of(type);
     const int64_t weight_size = type == Type::kFloat64 ? sizeof(double) : sizeof(float);
     // where there is no channel, nothing is weighted
@@ -31,13 +32,16 @@ tokencache_status tokencache_blend(const tokencache_blend_args* args, tokencache
         .fresh = a.fresh,
         .weight = a.weight,
         .out = a.out,
-        .stride_cached_b = a.stride_cached_b,
-        .stride_cached_n = a.stride_cached_n,
-        .stride_fresh_b = a.stride_fresh_b,
-        .stride_fresh_n = a.stride_fresh_n,
-        .stride_weight_b = a.stride_weight_b,
-        .stride_weight_n = a.stride_weight_n,
+        .stride_cached_b = taken(a.stride_cached_b, a.B),
+        .stride_cached_n = taken(a.stride_cached_n, a.N),
+        .stride_fresh_b = taken(a.stride_fresh_b, a.B),
+        .stride_fresh_n = taken(a.stride_fresh_n, a.N),
+        .stride_weight_b = taken(a.stride_weight_b, a.B),
+        .stride_weight_n = taken(a.stride_weight_n, a.N),
     };
+    if (const CudaLaunches* cuda = call.cuda()) {
+      return call.expect_launched(cuda->blend(params, stream));
+    }
     parallel_for(a.B * a.N, 3 * a.D * size,
                  [&](int64_t begin, int64_t end) { vector_loops().blend(params, begin, end); });
   });

@@ -15,6 +15,10 @@ namespace {
 constexpr int64_t kMostBytes = int64_t{1} << 52;
 constexpr int64_t kMostTokens = INT32_MAX;
 
+// Of a grid along its second axis; and of a row in the shared memory that every device has.
+constexpr int64_t kMostSamplesOfKernel = 65535;
+constexpr int64_t kMostChannelsOfKernel = 24576;
+
 thread_local char error[512];
 
 int64_t plus(int64_t a, int64_t b) { return std::min(a + b, kMostBytes); }
@@ -61,10 +65,9 @@ bool are_same(const View& a, const View& b) {
   return a.data == b.data && a.stride_outer == b.stride_outer && a.stride_inner == b.stride_inner;
 }
 
-// A stride along which there is one element is never taken.
 View without_idle_strides(View view) {
-  if (view.outer <= 1) view.stride_outer = 0;
-  if (view.inner <= 1) view.stride_inner = 0;
+  view.stride_outer = taken(view.stride_outer, view.outer);
+  view.stride_inner = taken(view.stride_inner, view.inner);
   return view;
 }
 
@@ -122,21 +125,47 @@ int64_t size_of(Type type) {
   }
 }
 
+int64_t taken(int64_t stride, int64_t count) { return count > 1 ? stride : 0; }
+
 Call::Call(const char* op, const void* args, tokencache_device device, const void* stream)
     : op_(op) {
   if (args == nullptr) {
     refuse(op_, TOKENCACHE_INVALID_ARGUMENT, "args must not be NULL, got NULL");
   }
   if (device == TOKENCACHE_CUDA) {
-    refuse(op_, TOKENCACHE_UNSUPPORTED,
-           "device must be TOKENCACHE_CPU in this library, which was built without CUDA, "
-           "got TOKENCACHE_CUDA");
+    expect_launched(find_cuda().answer);
+    cuda_ = find_cuda().launches;
+    return;
   }
   if (device != TOKENCACHE_CPU) {
-    refuse(op_, TOKENCACHE_INVALID_ARGUMENT, "device must be TOKENCACHE_CPU, got %" PRId32, device);
+    refuse(op_, TOKENCACHE_INVALID_ARGUMENT,
+           "device must be TOKENCACHE_CPU or TOKENCACHE_CUDA, got %" PRId32, device);
   }
   if (stream != nullptr) {
     refuse(op_, TOKENCACHE_INVALID_ARGUMENT, "stream must be NULL on the CPU, got %p", stream);
+  }
+}
+
+void Call::expect_launched(const CudaAnswer& answer) const {
+  switch (answer.status) {
+    case TOKENCACHE_OK:
+      return;
+    case TOKENCACHE_UNSUPPORTED:
+      refuse(op_, answer.status,
+             "device must be one that can be used here, got TOKENCACHE_CUDA: %s", answer.reason);
+    default:
+      refuse(op_, answer.status, "the launch must succeed, got %s", answer.reason);
+  }
+}
+
+void Call::expect_kernel(Type type, int64_t B, int64_t D) const {
+  if (cuda_ == nullptr) return;
+  expect_within("B", B, 0, kMostSamplesOfKernel);
+  expect_within("D", D, 0, kMostChannelsOfKernel);
+  if (type == Type::kFloat64) {
+    refuse(op_, TOKENCACHE_UNSUPPORTED,
+           "dtype must be one of TOKENCACHE_FLOAT32, FLOAT16 and BFLOAT16 on CUDA, got "
+           "TOKENCACHE_FLOAT64");
   }
 }
 

@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <new>
 
+#include "c_api/cuda.h"
 #include "params.h"
 #include "tokencache.h"
 
@@ -41,6 +42,13 @@ class Call {
  public:
   Call(const char* op, const void* args, tokencache_device device, const void* stream);
 
+  // Null on the CPU.
+  const CudaLaunches* cuda() const { return cuda_; }
+  // Refuses what CUDA has refused.
+  void expect_launched(const CudaAnswer& answer) const;
+  // What kernels ask beyond loops, nothing on the CPU; D where rows are normalised, else 0.
+  void expect_kernel(Type type, int64_t B, int64_t D) const;
+
   void expect_within(const char* name, int64_t value, int64_t minimum, int64_t maximum) const;
   void expect_size(const char* name, int64_t value) const;
   // Of those that an op has; 0 for the others.
@@ -57,11 +65,15 @@ class Call {
   void expect_view(const View& view) const;
 
   const char* op_;
+  const CudaLaunches* cuda_ = nullptr;
   View written_[3];
   int num_written_ = 0;
 };
 
 int64_t size_of(Type type);
+
+// A stride along which there are count elements; where there is one, it is any number.
+int64_t taken(int64_t stride, int64_t count);
 
 // a * b of numbers that are not negative; where that is too much for any memory, a number that is
 // too much as well.

@@ -37,21 +37,26 @@ void expect_modulation(Call& call, const Args& a, int64_t size) {
 }
 
 template <class Args>
-void add_branches(const Args& a, Type type) {
-  if (a.B == 0 || a.N == 0 || a.D == 0) return;
+std::vector<BranchParams> describe_branches(const Args& a) {
   std::vector<BranchParams> branches;
   for (int64_t j = 0; j < a.num_branches; ++j) {
     const tokencache_branch& one = a.branches[j];
     branches.push_back({
         .branch = one.branch,
         .gate = one.gate,
-        .stride_branch_b = one.stride_branch_b,
-        .stride_branch_n = one.stride_branch_n,
+        .stride_branch_b = taken(one.stride_branch_b, a.B),
+        .stride_branch_n = taken(one.stride_branch_n, a.N),
         // without a gate it is any number
-        .stride_gate_b = one.gate == nullptr ? 0 : one.stride_gate_b,
+        .stride_gate_b = one.gate == nullptr ? 0 : taken(one.stride_gate_b, a.B),
     });
   }
-  const AddBranchesParams params{
+  return branches;
+}
+
+template <class Args>
+AddBranchesParams describe_sum(const Args& a, Type type,
+                               const std::vector<BranchParams>& branches) {
+  return {
       .B = a.B,
       .N = a.N,
       .D = a.D,
@@ -60,22 +65,18 @@ void add_branches(const Args& a, Type type) {
       .branches = branches.data(),
       .num_branches = a.num_branches,
       .out = a.out,
-      .stride_x_b = a.stride_x_b,
-      .stride_x_n = a.stride_x_n,
-      .stride_out_b = a.stride_out_b,
-      .stride_out_n = a.stride_out_n,
+      .stride_x_b = taken(a.stride_x_b, a.B),
+      .stride_x_n = taken(a.stride_x_n, a.N),
+      .stride_out_b = taken(a.stride_out_b, a.B),
+      .stride_out_n = taken(a.stride_out_n, a.N),
   };
-  parallel_for(
-      a.B * a.N, (a.num_branches + 2) * a.D * size_of(type),
-      [&](int64_t begin, int64_t end) { vector_loops().add_branches(params, begin, end); });
 }
 
-// Of the rows of x: the argument of that name, or what a row pass has just written.
+// Of the rows of x: the argument of that name, or what a row pass writes.
 template <class Args>
-void gather_modulate(const Args& a, Type type, const void* x, int64_t stride_x_b,
-                     int64_t stride_x_n) {
-  if (a.B == 0 || a.S == 0 || a.D == 0) return;
-  const ModulateParams params{
+ModulateParams describe_modulation(const Args& a, Type type, const void* x, int64_t stride_x_b,
+                                   int64_t stride_x_n) {
+  return {
       .B = a.B,
       .N = a.N,
       .S = a.S,
@@ -87,16 +88,31 @@ void gather_modulate(const Args& a, Type type, const void* x, int64_t stride_x_b
       .shift = a.shift,
       .scale = a.scale,
       .packed = a.packed,
-      .stride_x_b = stride_x_b,
-      .stride_x_n = stride_x_n,
-      .stride_indices_b = a.stride_indices_b,
-      .stride_shift_b = a.stride_shift_b,
-      .stride_scale_b = a.stride_scale_b,
+      .stride_x_b = taken(stride_x_b, a.B),
+      .stride_x_n = taken(stride_x_n, a.N),
+      .stride_indices_b = taken(a.stride_indices_b, a.B),
+      .stride_shift_b = taken(a.stride_shift_b, a.B),
+      .stride_scale_b = taken(a.stride_scale_b, a.B),
   };
+}
+
+void add_branches(const Call& call, const AddBranchesParams& p, void* stream) {
+  if (p.B == 0 || p.N == 0 || p.D == 0) return;
+  if (const CudaLaunches* cuda = call.cuda()) {
+    return call.expect_launched(cuda->add_branches(p, stream));
+  }
+  parallel_for(p.B * p.N, (p.num_branches + 2) * p.D * size_of(p.type),
+               [&](int64_t begin, int64_t end) { vector_loops().add_branches(p, begin, end); });
+}
+
+void gather_modulate(const Call& call, const ModulateParams& p, void* stream) {
+  if (p.B == 0 || p.S == 0 || p.D == 0) return;
+  if (const CudaLaunches* cuda = call.cuda()) {
+    return call.expect_launched(cuda->gather_modulate(p, stream));
+  }
   // normalising reads a row four times over
-  parallel_for(a.B * a.S, 4 * a.D * size_of(type), [&](int64_t begin, int64_t end) {
-    vector_loops().gather_modulate(params, begin, end);
-  });
+  parallel_for(p.B * p.S, 4 * p.D * size_of(p.type),
+               [&](int64_t begin, int64_t end) { vector_loops().gather_modulate(p, begin, end); });
 }
 
 }  // namespace
@@ -108,9 +124,11 @@ tokencache_status tokencache_add_branches(const tokencache_add_branches_args* ar
     const auto& a = *args;
     call.expect_sizes(a.B, a.N, 0, a.D);
     const Type type = call.type_of(a.dtype);
+    call.expect_kernel(type, a.B, 0);
     call.writes({"out", a.out, a.B, a.N, a.D, a.stride_out_b, a.stride_out_n, size_of(type)});
     expect_sum(call, a, size_of(type));
-    add_branches(a, type);
+    const std::vector<BranchParams> branches = describe_branches(a);
+    add_branches(call, describe_sum(a, type, branches), stream);
   });
 }
 
@@ -121,10 +139,11 @@ tokencache_status tokencache_gather_modulate(const tokencache_gather_modulate_ar
     const auto& a = *args;
     call.expect_sizes(a.B, a.N, a.S, a.D);
     const Type type = call.type_of(a.dtype);
+    call.expect_kernel(type, a.B, a.D);
     call.writes(contiguous("packed", a.packed, a.B, a.S, a.D, size_of(type)));
     call.reads({"x", a.x, a.B, a.N, a.D, a.stride_x_b, a.stride_x_n, size_of(type)});
     expect_modulation(call, a, size_of(type));
-    gather_modulate(a, type, a.x, a.stride_x_b, a.stride_x_n);
+    gather_modulate(call, describe_modulation(a, type, a.x, a.stride_x_b, a.stride_x_n), stream);
   });
 }
 
@@ -135,12 +154,26 @@ tokencache_status tokencache_row_pass(const tokencache_row_pass_args* args,
     const auto& a = *args;
     call.expect_sizes(a.B, a.N, a.S, a.D);
     const Type type = call.type_of(a.dtype);
+    call.expect_kernel(type, a.B, a.D);
     call.writes({"out", a.out, a.B, a.N, a.D, a.stride_out_b, a.stride_out_n, size_of(type)});
     call.writes(contiguous("packed", a.packed, a.B, a.S, a.D, size_of(type)));
     expect_sum(call, a, size_of(type));
     expect_modulation(call, a, size_of(type));
-    // two loops: the few selected rows are still in a cache for the second
-    add_branches(a, type);
-    gather_modulate(a, type, a.out, a.stride_out_b, a.stride_out_n);
+    if (a.positions != nullptr) {
+      call.reads(contiguous("positions", a.positions, 1, a.B, a.N, sizeof(int32_t)));
+    }
+    const std::vector<BranchParams> branches = describe_branches(a);
+    const AddBranchesParams sum = describe_sum(a, type, branches);
+    const ModulateParams modulation =
+        describe_modulation(a, type, a.out, a.stride_out_b, a.stride_out_n);
+    // a block for each row, and one for each slot: as many as a grid may have
+    const bool is_one_launch = call.cuda() != nullptr && a.positions != nullptr && a.B > 0 &&
+                               a.S > 0 && a.D > 0 && a.N + a.S <= INT32_MAX;
+    if (is_one_launch) {
+      return call.expect_launched(call.cuda()->row_pass(sum, modulation, a.positions, stream));
+    }
+    // on the CPU the few selected rows are still in a cache for the second part
+    add_branches(call, sum, stream);
+    gather_modulate(call, modulation, stream);
   });
 }

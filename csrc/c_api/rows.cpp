@@ -25,11 +25,14 @@ tokencache_status tokencache_gather_rows(const tokencache_gather_rows_args* args
         .x = a.x,
         .indices = a.indices,
         .out = a.out,
-        .stride_x_b = a.stride_x_b,
-        .stride_x_n = a.stride_x_n,
-        .stride_indices_b = a.stride_indices_b,
+        .stride_x_b = taken(a.stride_x_b, a.B),
+        .stride_x_n = taken(a.stride_x_n, a.N),
+        .stride_indices_b = taken(a.stride_indices_b, a.B),
         .element_size = size,
     };
+    if (const CudaLaunches* cuda = call.cuda()) {
+      return call.expect_launched(cuda->gather_rows(params, stream));
+    }
     parallel_for(a.B * a.S, a.D * size,
                  [&](int64_t begin, int64_t end) { gather_rows_cpu(params, begin, end); });
   });
@@ -54,13 +57,16 @@ tokencache_status tokencache_scatter_rows(const tokencache_scatter_rows_args* ar
         .rows = a.rows,
         .indices = a.indices,
         .cache = a.cache,
-        .stride_rows_b = a.stride_rows_b,
-        .stride_rows_s = a.stride_rows_s,
-        .stride_indices_b = a.stride_indices_b,
-        .stride_cache_b = a.stride_cache_b,
-        .stride_cache_n = a.stride_cache_n,
+        .stride_rows_b = taken(a.stride_rows_b, a.B),
+        .stride_rows_s = taken(a.stride_rows_s, a.S),
+        .stride_indices_b = taken(a.stride_indices_b, a.B),
+        .stride_cache_b = taken(a.stride_cache_b, a.B),
+        .stride_cache_n = taken(a.stride_cache_n, a.N),
         .element_size = size,
     };
+    if (const CudaLaunches* cuda = call.cuda()) {
+      return call.expect_launched(cuda->scatter_rows(params, stream));
+    }
     // on average, a row of the cache is written S / N times
     parallel_for(a.B * a.N, a.D * size * a.S / a.N,
                  [&](int64_t begin, int64_t end) { scatter_rows_cpu(params, begin, end); });

@@ -21,12 +21,19 @@ void expect_grid(const Call& call, const tokencache_select_tokens_args& a) {
   call.expect_within("tile", a.tile, 1, INT64_MAX);
 }
 
+void expect_cpu(const Call& call) {
+  if (call.cuda() != nullptr) {
+    call.expect_launched({TOKENCACHE_UNSUPPORTED, "this op has no kernel"});
+  }
+}
+
 }  // namespace
 
 tokencache_status tokencache_select_tokens(const tokencache_select_tokens_args* args,
                                            tokencache_device device, void* stream) {
   return run("select_tokens", [&] {
     Call call("select_tokens", args, device, stream);
+    expect_cpu(call);
     const auto& a = *args;
     call.expect_size("L", a.L);
     call.expect_size("P", a.P);
@@ -73,6 +80,7 @@ tokencache_status tokencache_invert_indices(const tokencache_invert_indices_args
                                             tokencache_device device, void* stream) {
   return run("invert_indices", [&] {
     Call call("invert_indices", args, device, stream);
+    expect_cpu(call);
     const auto& a = *args;
     call.expect_sizes(a.B, a.N, a.S, 0);
     constexpr int64_t size = sizeof(int32_t);

@@ -165,7 +165,7 @@ cudaError_t launch_row_pass(const AddBranchesParams& p, const ModulateParams& mo
   std::copy_n(p.branches, p.num_branches, branches.of);
   const int64_t bytes = positions == nullptr ? 0 : p.D * int64_t{sizeof(float)};
   const int64_t num_slots = positions == nullptr ? 0 : modulate.S;
-  const auto blocks = static_cast<unsigned int>(p.B * (p.N + num_slots));
+  const auto blocks = size_of_grid(p.B * (p.N + num_slots));
   return with_pieces(p.type, is_aligned, [&](auto one, auto width) {
     return launch(row_pass_kernel<decltype(one), decltype(width)::value>, blocks, kThreads, bytes,
                   stream, p, branches, modulate, positions);
@@ -200,7 +200,7 @@ cudaError_t gather_modulate_cuda(const ModulateParams& p, cudaStream_t stream) {
   const int64_t bytes = p.D * int64_t{sizeof(float)};
   return with_pieces(p.type, is_aligned(p), [&](auto one, auto width) {
     return launch(gather_modulate_kernel<decltype(one), decltype(width)::value>,
-                  static_cast<unsigned int>(p.B * p.S), kThreads, bytes, stream, p);
+                  size_of_grid(p.B * p.S), kThreads, bytes, stream, p);
   });
 }
 

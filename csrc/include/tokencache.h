@@ -12,6 +12,16 @@
  *   - the rows of a tensor that is written overlap neither each other nor another tensor.
  * That memory is really there, as large as described, is the caller's duty.
  *
+ * On CUDA (TOKENCACHE_CUDA) a call launches kernels on the caller's stream and returns: it waits
+ * for nothing and allocates nothing. The stream belongs to the thread's current device; NULL is the
+ * default stream. Tensors lie in memory of that device and stay there until the stream has come by;
+ * a call's structs and its array of branches lie in host memory and may go when it returns. Beside
+ * the rules above
+ *   - B is at most 65535, and D at most 24576 where rows are normalised; moving rows has no limits;
+ *   - FLOAT64 is for moving rows only.
+ * A call with an empty problem tells whether there is a device, a driver and this library's CUDA
+ * half, which is loaded by the first call; the first call of each op loads its kernels.
+ *
  * The functions may be called from several threads at a time. */
 #ifndef TOKENCACHE_H
 #define TOKENCACHE_H
@@ -32,8 +42,9 @@ typedef int32_t tokencache_status;
 enum {
   TOKENCACHE_OK = 0,
   TOKENCACHE_INVALID_ARGUMENT = 1, /* nothing was written */
-  TOKENCACHE_UNSUPPORTED = 2,      /* this library was built without it; nothing was written */
-  TOKENCACHE_OUT_OF_MEMORY = 3     /* no memory to work in; results may be written in part */
+  TOKENCACHE_UNSUPPORTED = 2,      /* not to be had here; nothing was written */
+  TOKENCACHE_OUT_OF_MEMORY = 3,    /* no memory to work in; results may be written in part */
+  TOKENCACHE_CUDA_ERROR = 4        /* CUDA refused a launch, or tells of an earlier failure */
 };
 
 typedef int32_t tokencache_dtype;
@@ -48,7 +59,7 @@ enum {
 typedef int32_t tokencache_device;
 enum {
   TOKENCACHE_CPU = 0, /* host memory; the stream must be NULL, and the work is done on return */
-  TOKENCACHE_CUDA = 1 /* device memory, in the order of a cudaStream_t: not in this version */
+  TOKENCACHE_CUDA = 1 /* device memory; the work is done in the order of a cudaStream_t */
 };
 
 /* The version of the library, such as "0.1.0". */
@@ -61,6 +72,10 @@ TOKENCACHE_API const char* tokencache_error(void);
 /* How many threads the calls of this process may use, at least 1; 0: one for each processor, as at
  * the start. They are started for each call that is large enough to gain from them. */
 TOKENCACHE_API tokencache_status tokencache_set_num_threads(int64_t num_threads);
+
+/* The instruction set that the calls of this process use on the CPU: "portable", "avx2" or
+ * "avx512"; NULL: the best that the processor has, as at the start. */
+TOKENCACHE_API tokencache_status tokencache_set_cpu_instructions(const char* name);
 
 /* out[b, s] = x[b, indices[b, s]]; an empty slot: 0. */
 typedef struct tokencache_gather_rows_args {
@@ -84,7 +99,7 @@ typedef struct tokencache_scatter_rows_args {
   tokencache_dtype dtype;
 
   const void* rows;       /* [B, S, D] */
-  const int32_t* indices; /* [B, S]; if a token is named several times, one of its rows stays */
+  const int32_t* indices; /* [B, S]; of a token's rows one stays, on CUDA parts of several */
   void* cache;            /* [B, N, D] */
 
   int64_t stride_rows_b, stride_rows_s;
@@ -155,10 +170,13 @@ typedef struct tokencache_row_pass_args {
   const tokencache_branch* branches;
   int64_t num_branches;
   const int32_t* indices; /* [B, S] */
-  const void* shift;      /* [B, D] */
-  const void* scale;      /* [B, D] */
-  void* out;              /* [B, N, D]; may be x itself, with its strides */
-  void* packed;           /* [B, S, D], contiguous */
+  /* [B, N], contiguous, the inverse of indices, each of which names its token once; or NULL. Makes
+   * one launch of two on CUDA, and nothing of it is read on the CPU. */
+  const int32_t* positions;
+  const void* shift; /* [B, D] */
+  const void* scale; /* [B, D] */
+  void* out;         /* [B, N, D]; may be x itself, with its strides */
+  void* packed;      /* [B, S, D], contiguous */
 
   int64_t stride_x_b, stride_x_n;
   int64_t stride_indices_b;

@@ -229,10 +229,10 @@ void refuse_what_is_not_there() {
   args.dtype = TOKENCACHE_FLOAT32;
   int anything = 0;
   EXPECT(tokencache_gather_rows(nullptr, TOKENCACHE_CPU, nullptr) == TOKENCACHE_INVALID_ARGUMENT);
-  EXPECT(tokencache_gather_rows(&args, TOKENCACHE_CUDA, nullptr) == TOKENCACHE_UNSUPPORTED);
   EXPECT(tokencache_gather_rows(&args, 99, nullptr) == TOKENCACHE_INVALID_ARGUMENT);
   EXPECT(tokencache_gather_rows(&args, TOKENCACHE_CPU, &anything) == TOKENCACHE_INVALID_ARGUMENT);
   EXPECT(tokencache_set_num_threads(-1) == TOKENCACHE_INVALID_ARGUMENT);
+  EXPECT(tokencache_set_cpu_instructions("sse9") == TOKENCACHE_UNSUPPORTED);
   EXPECT(tokencache_gather_rows(&args, TOKENCACHE_CPU, nullptr) == TOKENCACHE_OK);  // empty
 }
 
@@ -280,13 +280,17 @@ int main() {
   EXPECT(tokencache_error()[0] == '\0');
   move_rows(3, 7, 5, 9, 0);
   move_rows(1, 700, 650, 900, 1);  // enough for several threads
-  pass_rows(TOKENCACHE_FLOAT32, 4, 2, 7, 3, 13);
-  pass_rows(TOKENCACHE_FLOAT16, 2, 2, 7, 3, 13);
-  pass_rows(TOKENCACHE_BFLOAT16, 2, 2, 7, 3, 13);
-  pass_rows(TOKENCACHE_FLOAT64, 8, 1, 7, 7, 13);
-  pass_rows(TOKENCACHE_BFLOAT16, 2, 2, 300, 150, 1153);  // several threads
-  select_and_invert(2, 3, 37, 3, 11);
-  select_and_invert(3, 2, 1021, 4, 300);  // several threads
+  for (const char* instructions : {"avx512", "avx2", "portable"}) {
+    if (tokencache_set_cpu_instructions(instructions) != TOKENCACHE_OK) continue;
+    pass_rows(TOKENCACHE_FLOAT32, 4, 2, 7, 3, 13);
+    pass_rows(TOKENCACHE_FLOAT16, 2, 2, 7, 3, 13);
+    pass_rows(TOKENCACHE_BFLOAT16, 2, 2, 7, 3, 13);
+    pass_rows(TOKENCACHE_FLOAT64, 8, 1, 7, 7, 13);
+    pass_rows(TOKENCACHE_BFLOAT16, 2, 2, 300, 150, 1153);  // several threads
+    select_and_invert(2, 3, 37, 3, 11);
+    select_and_invert(3, 2, 1021, 4, 300);  // several threads
+  }
+  EXPECT(tokencache_set_cpu_instructions(nullptr) == TOKENCACHE_OK);
   scatter_between_columns();
   refuse_hostile_arguments();
   refuse_hostile_options();

@@ -14,6 +14,7 @@ from tokencache_kernels.version import __version__
 
 ROOT = Path(__file__).parents[2]
 HEADER = ROOT / "csrc" / "include" / "tokencache.h"
+WARNINGS = ("-Wall", "-Wextra", "-pedantic", "-Werror")
 
 
 def run(*command):
@@ -41,6 +42,26 @@ def test_a_program_builds_against_what_is_installed_and_runs(library_path, tmp_p
     assert out.splitlines()[-1].startswith(f"tokencache {__version__}: 16 of 64 tokens selected")
 
 
+@pytest.mark.parametrize(
+    ("compiler", "language", "standard"),
+    [("cc", "c", "c89"), ("cc", "c", "c99"), ("c++", "c++", "c++11"), ("c++", "c++", "c++20")],
+)
+def test_the_header_is_plain_c_and_c_plus_plus(compiler, language, standard):
+    if shutil.which(compiler) is None:
+        pytest.skip(f"there is no {compiler}")
+    run(compiler, "-x", language, f"-std={standard}", *WARNINGS, "-fsyntax-only", HEADER)
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler")
+def test_a_hostile_program_is_refused_call_by_call(library_path, tmp_path):
+    program = tmp_path / "hostile"
+
+    run("cc", "-std=c99", *WARNINGS, f"-I{HEADER.parent}", ROOT / "tests/c_api/hostile.c",
+        library_path, f"-Wl,-rpath,{library_path.parent}", "-o", program)  # fmt: skip
+
+    assert re.fullmatch(r"0 of \d{4} expectations failed\n", run(program))
+
+
 @pytest.mark.skipif(shutil.which("nm") is None, reason="there is no nm")
 def test_the_library_exports_the_header_and_nothing_else(library_path):
     symbols = run("nm", "-D", "--defined-only", library_path)
@@ -48,6 +69,36 @@ def test_the_library_exports_the_header_and_nothing_else(library_path):
     exported = set(re.findall(r" \w (\w+)$", symbols, re.MULTILINE))
     declared = set(re.findall(r"(tokencache_\w+)\(\s*(?:const|int64_t|void)\b", HEADER.read_text()))
     assert exported == declared
+
+
+@pytest.mark.skipif(shutil.which("nm") is None, reason="there is no nm")
+def test_the_cuda_half_exports_one_symbol_and_asks_for_no_cuda_library(library_path):
+    half = next(library_path.parent.glob("libtokencache_cuda.so.*"), None)
+    if half is None:
+        pytest.skip("the CUDA half was not built")
+
+    symbols = [line.split()[-2:] for line in run("nm", "-D", half).splitlines()]
+
+    assert [name for kind, name in symbols if kind in "BDRTVW"] == ["tokencache_cuda_launches"]
+    assert not [name for kind, name in symbols if kind == "U" and re.match("_*cu", name)]
+
+
+def test_a_library_without_its_cuda_half_says_so(library_path, tmp_path):
+    alone = ctypes.CDLL(str(shutil.copy(library_path, tmp_path)))
+    alone.tokencache_error.restype = ctypes.c_char_p
+    nothing = ctypes.create_string_buffer(256)
+
+    status = alone.tokencache_invert_indices(nothing, 1, None)
+
+    assert status == 2
+    assert (
+        alone.tokencache_error()
+        .decode()
+        .startswith(
+            "invert_indices: device must be one that can be used here, got TOKENCACHE_CUDA: no kernels "
+            "were built, or they do not load: libtokencache_cuda.so"
+        )
+    )
 
 
 def test_the_library_tells_its_version(library_path):

@@ -8,6 +8,7 @@ Whatever happens, only the elements of the results may change. Under AddressSani
 sanitize`) everything that belongs to no tensor is poisoned, so that a stray read shows as well.
 """
 
+import copy
 import ctypes
 import math
 import os
@@ -53,9 +54,17 @@ def read_structures():
 
 STRUCTURES = read_structures()
 OPS = [name for name in STRUCTURES if name != "branch"]
+RESULTS = {
+    "gather_rows": {"out"}, "scatter_rows": {"cache"}, "add_branches": {"out"},
+    "gather_modulate": {"packed"}, "row_pass": {"out", "packed"}, "blend": {"out"},
+    "select_tokens": {"staleness", "indices", "positions"}, "invert_indices": {"positions"},
+}  # fmt: skip
 MOVED = {1: torch.int32, 2: torch.int16, 3: torch.int16, 4: torch.int64}  # bit for bit
 DTYPES = {1: torch.float32, 2: torch.float16, 3: torch.bfloat16, 4: torch.float64}
 OK, INVALID, UNSUPPORTED = 0, 1, 2
+CPU, CUDA = 0, 1
+FLOAT64 = 4
+INSTRUCTIONS = ["portable", "avx2", "avx512"]
 # the same calls in every run, unless more are asked for
 FUZZ = settings(
     deadline=None,
@@ -142,6 +151,7 @@ class Call:
             ("indices", "select_tokens"): (P * L, B, v.get("max_fresh"), int32),
             ("positions", "select_tokens"): (P * L, B, N, int32),
             ("positions", "invert_indices"): (1, B, N, int32),
+            ("positions", "row_pass"): (1, B, N, int32),
         }
         strided = {
             "x": (B, N, D, kind), "rows": (B, S, D, kind), "cache": (B, N, D, kind),
@@ -150,9 +160,6 @@ class Call:
             "indices": (B, 1, S, int32), "weight": (B, N, 1 if D else 0, wide),
             "staleness": (L if P else 0, B, N, int32),
         }  # fmt: skip
-        written = {"out", "packed", "cache", "staleness", "positions"}
-        if op == "select_tokens":
-            written.add("indices")
         found = {}
         for name in (n for n, kind_ in STRUCTURES[op]._fields_ if kind_ is ctypes.c_void_p):
             if name == "branches":
@@ -166,7 +173,7 @@ class Call:
                     v.get(f"stride_{name}_{letter}", 0)
                     for letter in {"rows": "bs", "staleness": "lb"}.get(name, "bn")
                 )
-            found[name] = Tensor(name, outer, inner, width, strides, dtype, name in written)
+            found[name] = Tensor(name, outer, inner, width, strides, dtype, name in RESULTS[op])
         for j, one in enumerate(self.branches[: max(0, v.get("num_branches", 0))]):
             strides = one["stride_branch_b"], one["stride_branch_n"]
             found[f"branch{j}"] = Tensor("branch", B, N, D, strides, kind, False)
@@ -177,6 +184,10 @@ class Call:
         """The dictionary and the key that hold a tensor's address."""
         match = re.fullmatch(r"(branch|gate)(\d+)", name)
         return (self.branches[int(match[2])], match[1]) if match else (self.values, name)
+
+
+def may_be_null(op, name):
+    return name in ("gate", "num_fresh") or (op, name) == ("row_pass", "positions")
 
 
 @st.composite
@@ -226,7 +237,7 @@ def honest_calls(draw, op):
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     for name, tensor in call.tensors().items():
         holder, key = call.place(name)
-        if key in ("gate", "num_fresh") and draw(st.booleans()):
+        if may_be_null(op, key) and draw(st.booleans()):
             holder[key] = None
             continue
         homes[name] = fresh_memory(tensor, key, values["N"], rng)
@@ -245,7 +256,7 @@ def fresh_memory(tensor, key, num_tokens, rng):
     if span == 0:
         return home
     count = span // tensor.dtype.itemsize
-    if key in ("indices", "num_fresh", "staleness"):
+    if key in ("indices", "num_fresh", "positions", "staleness"):
         near = rng.integers(-1, num_tokens + 1, count)
         far = rng.integers(-(2**31), 2**31, count)
         data = torch.from_numpy(np.where(rng.random(count) < 0.2, far, near)).int()
@@ -310,8 +321,8 @@ def breaks_a_rule(call, tensors):
     ]
     if not all(rules):
         return True
-    for name, tensor in tensors.items():
-        if tensor.is_empty or (tensor.address == 0 and re.match("gate|num_fresh", name)):
+    for tensor in tensors.values():
+        if tensor.is_empty or (tensor.address == 0 and may_be_null(call.op, tensor.name)):
             continue
         if (
             min(tensor.moving_strides) < 0
@@ -441,7 +452,16 @@ def library(library_path):
     return library
 
 
-def call_library(library, call, device=0):
+@pytest.fixture(params=INSTRUCTIONS)
+def instructions(library, request):
+    """Each instruction set in turn that the processor has."""
+    if library.tokencache_set_cpu_instructions(request.param.encode()) != OK:
+        pytest.skip(library.tokencache_error().decode())
+    yield request.param
+    library.tokencache_set_cpu_instructions(None)
+
+
+def call_library(library, call, device=CPU):
     branches = (STRUCTURES["branch"] * len(call.branches))(
         *(STRUCTURES["branch"](**one) for one in call.branches)
     )
@@ -479,17 +499,23 @@ class Poison:
             unpoison(ctypes.c_void_p(home.ctypes.data), ctypes.c_size_t(home.size))
 
 
+def find_homes(call, tensors, homes):
+    """Tell every tensor its address, and in whose bytes that is."""
+    for name, tensor in tensors.items():
+        holder, key = call.place(name)
+        tensor.address = holder.get(key) or 0
+        offsets = ((home, tensor.address - home.ctypes.data) for home in homes.values())
+        tensor.home = next((home for home, offset in offsets if 0 <= offset < home.size), None)
+
+
+@pytest.mark.usefixtures("instructions")
 @pytest.mark.parametrize("op", OPS)
 @FUZZ
 @given(data=st.data())
 def test_a_hostile_call_is_refused_or_does_what_the_reference_does(library, op, data):
     call, homes = data.draw(hostile_calls(op))
     tensors = call.tensors()
-    for name, tensor in tensors.items():
-        holder, key = call.place(name)
-        tensor.address = holder.get(key) or 0
-        offsets = ((home, tensor.address - home.ctypes.data) for home in homes.values())
-        tensor.home = next((home for home, offset in offsets if 0 <= offset < home.size), None)
+    find_homes(call, tensors, homes)
     before = {name: home.copy() for name, home in homes.items()}
     must_refuse = breaks_a_rule(call, tensors)
     seen = {name: t for name, t in tensors.items() if not t.is_empty and t.address}
@@ -510,14 +536,14 @@ def test_a_hostile_call_is_refused_or_does_what_the_reference_does(library, op, 
         assert must_refuse or "overlap" in sentence, sentence
         return
     assert not must_refuse
-    if not any(t.is_written for t in seen.values()):
-        assert all(np.array_equal(homes[name], before[name]) for name in homes)
-        return
     check_results(call, tensors, homes, before)
 
 
 def check_results(call, tensors, homes, before):
     """The results are the reference's, and no other byte has changed."""
+    if all(tensor.is_empty for tensor in tensors.values() if tensor.is_written):
+        assert all(np.array_equal(homes[name], before[name]) for name in homes)
+        return
     name_of = {id(home): name for name, home in homes.items()}
     views = {}
     for name, tensor in tensors.items():
@@ -531,7 +557,7 @@ def check_results(call, tensors, homes, before):
     floats = [view for view in views.values() if view.is_floating_point()]
     is_tame = all(bool((view.abs() < 1e3).all()) for view in floats)
     is_exact = is_tame or not call.values.get("normalize")
-    assert results.keys() == {name for name, tensor in tensors.items() if tensor.is_written}
+    assert results.keys() == RESULTS[call.op]
     for name, (exact, rounded) in results.items():
         tensor = tensors[name]
         if tensor.is_empty:
@@ -548,6 +574,7 @@ def check_results(call, tensors, homes, before):
     assert all(np.array_equal(homes[name], before[name]) for name in homes)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize("op", OPS)
 @settings(FUZZ, max_examples=5)
 @given(data=st.data())
@@ -555,7 +582,59 @@ def test_a_device_that_is_not_there_is_unsupported(library, op, data):
     call, homes = data.draw(honest_calls(op))
     before = {name: home.copy() for name, home in homes.items()}
 
-    assert call_library(library, call, device=1) == UNSUPPORTED
+    assert call_library(library, call, device=CUDA) == UNSUPPORTED
 
-    assert library.tokencache_error().decode().startswith(f"{op}: device must be TOKENCACHE_CPU")
+    sentence = library.tokencache_error().decode()
+    assert sentence.startswith(f"{op}: device must be one that can be used here, got TOKENCACHE_CU")
+    # the kernels are there or not, but there is no GPU: each is said plainly
+    assert re.search("there is no driver|shows no GPU|no kernels were built", sentence)
     assert all(np.array_equal(homes[name], before[name]) for name in homes)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@pytest.mark.parametrize("op", OPS)
+@FUZZ
+@given(data=st.data())
+def test_kernels_do_what_the_reference_does(library, op, data):
+    call, homes = data.draw(honest_calls(op))
+    tensors = call.tensors()
+    find_homes(call, tensors, homes)
+    name_tokens_once(call, tensors)
+    before = {name: home.copy() for name, home in homes.items()}
+    on_device = {name: torch.from_numpy(home).cuda() for name, home in homes.items()}
+
+    moved = copy.deepcopy(call)
+    shift = {
+        id(home): on_device[name].data_ptr() - home.ctypes.data for name, home in homes.items()
+    }
+    for name, tensor in tensors.items():
+        holder, key = moved.place(name)
+        holder[key] = tensor.address and tensor.address + shift[id(tensor.home)]
+    status = call_library(library, moved, device=CUDA)
+    for name, home in homes.items():
+        home[:] = on_device[name].cpu().numpy()
+
+    if call.values.get("dtype") == FLOAT64 and op not in ("gather_rows", "scatter_rows"):
+        assert status == UNSUPPORTED
+        assert all(np.array_equal(homes[name], before[name]) for name in homes)
+    else:
+        assert status == OK, library.tokencache_error().decode()
+        check_results(call, tensors, homes, before)
+
+
+def name_tokens_once(call, tensors):
+    """What kernels ask for: no token twice in a sample, and positions that are the inverse."""
+    indices = tensors.get("indices")
+    if indices is None or indices.is_written or indices.is_empty:
+        return
+    view = indices.view(indices.home)[:, 0]
+    for row in view:
+        seen = set()
+        for slot, token in enumerate(row.tolist()):
+            row[slot] = -1 if token in seen else token
+            seen.add(token)
+    positions = tensors.get("positions")
+    if positions is not None and not positions.is_written and positions.address:
+        inverse = reference.invert_indices(view.contiguous(), call.values["N"])
+        positions.view(positions.home)[0].copy_(inverse)
