@@ -12,7 +12,7 @@ tokencache_status tokencache_blend(const tokencache_blend_args* args, tokencache
     const auto& a = *args;
     call.expect_sizes(a.B, a.N, 0, a.D);
     const Type type = call.type_of(a.dtype);
-    call.expect_kernel(type, a.B, 0);
+    call.expect_kernel(type, times(a.B, a.N), 0);
     const int64_t size = size_of(type);
     const int64_t weight_size = type == Type::kFloat64 ? sizeof(double) : sizeof(float);
     // where there is no channel, nothing is weighted

@@ -15,8 +15,8 @@ namespace {
 constexpr int64_t kMostBytes = int64_t{1} << 52;
 constexpr int64_t kMostTokens = INT32_MAX;
 
-// Of a grid along its second axis; and of a row in the shared memory that every device has.
-constexpr int64_t kMostSamplesOfKernel = 65535;
+// A kernel has a block for each row, and in the shared memory of any device a row of so many.
+constexpr int64_t kMostRowsOfKernel = INT32_MAX;
 constexpr int64_t kMostChannelsOfKernel = 24576;
 
 thread_local char error[512];
@@ -158,9 +158,9 @@ void Call::expect_launched(const CudaAnswer& answer) const {
   }
 }
 
-void Call::expect_kernel(Type type, int64_t B, int64_t D) const {
+void Call::expect_kernel(Type type, int64_t rows, int64_t D) const {
   if (cuda_ == nullptr) return;
-  expect_within("B", B, 0, kMostSamplesOfKernel);
+  expect_within("B * (N + S)", rows, 0, kMostRowsOfKernel);
   expect_within("D", D, 0, kMostChannelsOfKernel);
   if (type == Type::kFloat64) {
     refuse(op_, TOKENCACHE_UNSUPPORTED,

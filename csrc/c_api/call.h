@@ -47,7 +47,7 @@ class Call {
   // Refuses what CUDA has refused.
   void expect_launched(const CudaAnswer& answer) const;
   // What kernels ask beyond loops, nothing on the CPU; D where rows are normalised, else 0.
-  void expect_kernel(Type type, int64_t B, int64_t D) const;
+  void expect_kernel(Type type, int64_t rows, int64_t D) const;
 
   void expect_within(const char* name, int64_t value, int64_t minimum, int64_t maximum) const;
   void expect_size(const char* name, int64_t value) const;

@@ -124,7 +124,7 @@ tokencache_status tokencache_add_branches(const tokencache_add_branches_args* ar
     const auto& a = *args;
     call.expect_sizes(a.B, a.N, 0, a.D);
     const Type type = call.type_of(a.dtype);
-    call.expect_kernel(type, a.B, 0);
+    call.expect_kernel(type, times(a.B, a.N), 0);
     call.writes({"out", a.out, a.B, a.N, a.D, a.stride_out_b, a.stride_out_n, size_of(type)});
     expect_sum(call, a, size_of(type));
     const std::vector<BranchParams> branches = describe_branches(a);
@@ -139,7 +139,7 @@ tokencache_status tokencache_gather_modulate(const tokencache_gather_modulate_ar
     const auto& a = *args;
     call.expect_sizes(a.B, a.N, a.S, a.D);
     const Type type = call.type_of(a.dtype);
-    call.expect_kernel(type, a.B, a.D);
+    call.expect_kernel(type, times(a.B, a.S), a.D);
     call.writes(contiguous("packed", a.packed, a.B, a.S, a.D, size_of(type)));
     call.reads({"x", a.x, a.B, a.N, a.D, a.stride_x_b, a.stride_x_n, size_of(type)});
     expect_modulation(call, a, size_of(type));
@@ -154,7 +154,7 @@ tokencache_status tokencache_row_pass(const tokencache_row_pass_args* args,
     const auto& a = *args;
     call.expect_sizes(a.B, a.N, a.S, a.D);
     const Type type = call.type_of(a.dtype);
-    call.expect_kernel(type, a.B, a.D);
+    call.expect_kernel(type, times(a.B, a.N + a.S), a.D);
     call.writes({"out", a.out, a.B, a.N, a.D, a.stride_out_b, a.stride_out_n, size_of(type)});
     call.writes(contiguous("packed", a.packed, a.B, a.S, a.D, size_of(type)));
     expect_sum(call, a, size_of(type));
@@ -166,10 +166,8 @@ tokencache_status tokencache_row_pass(const tokencache_row_pass_args* args,
     const AddBranchesParams sum = describe_sum(a, type, branches);
     const ModulateParams modulation =
         describe_modulation(a, type, a.out, a.stride_out_b, a.stride_out_n);
-    // a block for each row, and one for each slot: as many as a grid may have
-    const bool is_one_launch = call.cuda() != nullptr && a.positions != nullptr && a.B > 0 &&
-                               a.S > 0 && a.D > 0 && a.N + a.S <= INT32_MAX;
-    if (is_one_launch) {
+    const bool is_packed = a.B > 0 && a.S > 0 && a.D > 0;
+    if (call.cuda() != nullptr && a.positions != nullptr && is_packed) {
       return call.expect_launched(call.cuda()->row_pass(sum, modulation, a.positions, stream));
     }
     // on the CPU the few selected rows are still in a cache for the second part

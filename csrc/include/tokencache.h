@@ -17,8 +17,8 @@
  * default stream. Tensors lie in memory of that device and stay there until the stream has come by;
  * a call's structs and its array of branches lie in host memory and may go when it returns. Beside
  * the rules above
- *   - B is at most 65535, and D at most 24576 where rows are normalised; moving rows has no limits;
- *   - FLOAT64 is for moving rows only.
+ *   - B * (N + S) is at most 2^31 - 1, and D at most 24576 where rows are normalised;
+ *   - FLOAT64 is for moving rows only, which has no limits either.
  * A call with an empty problem tells whether there is a device, a driver and this library's CUDA
  * half, which is loaded by the first call; the first call of each op loads its kernels.
  *
