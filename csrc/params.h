@@ -141,7 +141,9 @@ struct AttentionParams {
   const void* value;           // [B, N, H, E], unit stride along E
   const int32_t* key_lengths;  // [B], or null for N everywhere
   void* out;                   // [B, S, H, E], contiguous, or null for the LSE alone
-  float* lse;                  // [B, H, S], contiguous
+  // float64 where the type is that, else float32
+  void* lse;      // [B, H, S], contiguous
+  void* entropy;  // [B, H, S], contiguous, or null where it is not wanted
 
   int64_t stride_value_b, stride_value_n, stride_value_h;
   int64_t stride_key_lengths_b;
@@ -161,6 +163,7 @@ struct AttentionEntropyParams {
   AttentionMapParams map;
 
   const int32_t* key_lengths;  // [B], or null for N everywhere
+  const void* lse;             // [B, H, S], contiguous; on the CPU it may be null
   void* out;                   // [B, S], contiguous
 
   int64_t stride_key_lengths_b;

@@ -32,7 +32,8 @@ Tensor make_lse(const Tensor& query, const Tensor& key, const std::optional<Tens
       .value = nullptr,
       .key_lengths = key_lengths ? key_lengths->const_data_ptr<int32_t>() : nullptr,
       .out = nullptr,
-      .lse = lse.mutable_data_ptr<float>(),
+      .lse = lse.mutable_data_ptr(),
+      .entropy = nullptr,
       .stride_value_b = 0,
       .stride_value_n = 0,
       .stride_value_h = 0,
@@ -67,19 +68,21 @@ void attention_received(const Tensor& query, const Tensor& key, std::optional<Te
 }
 
 void attention_entropy(const Tensor& query, const Tensor& key, std::optional<Tensor> key_lengths,
-                       double softmax_scale, Tensor out) {
+                       std::optional<Tensor> lse, double softmax_scale, Tensor out) {
+#ifdef TOKENCACHE_CUDA
+  if (!lse) lse = make_lse(query, key, key_lengths, softmax_scale);
+#endif
   const AttentionEntropyParams params{
       .map = describe_map(query, key, softmax_scale),
       .key_lengths = key_lengths ? key_lengths->const_data_ptr<int32_t>() : nullptr,
+      .lse = lse ? lse->const_data_ptr() : nullptr,
       .out = out.mutable_data_ptr(),
       .stride_key_lengths_b = key_lengths ? key_lengths->stride(0) : 0,
   };
 #ifdef TOKENCACHE_CUDA
-  const Tensor lse = make_lse(query, key, key_lengths, softmax_scale);
-  check_launch("attention_entropy",
-               attention_entropy_cuda(params, lse.const_data_ptr<float>(), stream_of(out)));
+  check_launch("attention_entropy", attention_entropy_cuda(params, stream_of(out)));
 #else
-  const int64_t blocks = (params.map.S + kEntropyQueries - 1) / kEntropyQueries;
+  const int64_t blocks = (params.map.S + kBlockQueries - 1) / kBlockQueries;
   torch::stable::parallel_for(0, params.map.B * blocks, 1, [&](int64_t begin, int64_t end) {
     vector_loops().attention_entropy(params, begin, end);
   });
@@ -145,8 +148,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(tokencache_kernels_native, m) {
       "attention_received(Tensor query, Tensor key, Tensor? lse, float softmax_scale,"
       " Tensor(a!) out) -> ()");
   m.def(
-      "attention_entropy(Tensor query, Tensor key, Tensor? key_lengths, float softmax_scale,"
-      " Tensor(a!) out) -> ()");
+      "attention_entropy(Tensor query, Tensor key, Tensor? key_lengths, Tensor? lse,"
+      " float softmax_scale, Tensor(a!) out) -> ()");
   m.def("head_norms(Tensor x, Tensor(a!) out) -> ()");
   m.def("token_change(Tensor new_rows, Tensor old_rows, bool is_cosine, Tensor(a!) out) -> ()");
 }

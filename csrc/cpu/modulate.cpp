@@ -1,4 +1,5 @@
 // Compiled once for every instruction set; TOKENCACHE_ISA names this one.
+#include "cpu/attention.h"
 #include "cpu/blend.h"
 #include "cpu/number.h"
 #include "cpu/project.h"
@@ -96,6 +97,7 @@ extern const VectorLoops loops{
     .blend = blend,
     .blend_backward = blend_backward,
     .finish_heads = finish_heads,
+    .attention = attention,
     .attention_received = attention_received,
     .attention_entropy = attention_entropy,
     .head_norms = head_norms,

@@ -7,8 +7,8 @@
 // its op, so that the caller brings the threads.
 namespace tokencache {
 
-// A part of attention_entropy: its keys are laid out once for so many queries.
-constexpr int64_t kEntropyQueries = 96;
+// A part of attention and of its entropy: keys are laid out once for so many queries.
+constexpr int64_t kBlockQueries = 96;
 
 struct VectorLoops {
   const char* name;  // of the instruction set
@@ -29,11 +29,15 @@ struct VectorLoops {
   // rows = rotate(norm(rows)), each head of its own; the part counts the B * S rows.
   void (*finish_heads)(const FinishHeadsParams& p, int64_t begin, int64_t end);
 
+  // out = softmax(softmax_scale * query @ key.T) @ value, the log-sum-exp and, where it is asked
+  // for, the entropy; the part counts the B * H * ceil(S / kBlockQueries) blocks of queries.
+  void (*attention)(const AttentionParams& p, int64_t begin, int64_t end);
+
   // out[b, h] = the mean over the queries of the map's rows; the part counts the B * H heads.
   void (*attention_received)(const AttentionReceivedParams& p, int64_t begin, int64_t end);
 
   // out[b, s] = -sum_n p log p, p the mean over the heads of the map's row; the part counts the
-  // B * ceil(S / kEntropyQueries) blocks of queries.
+  // B * ceil(S / kBlockQueries) blocks of queries.
   void (*attention_entropy)(const AttentionEntropyParams& p, int64_t begin, int64_t end);
 
   // out[b, n] = mean_h |x[b, n, h]|; the part counts the B * N rows.

@@ -1,7 +1,6 @@
-#include "cuda/attention.h"
-
 #include <cfloat>
 
+#include "cuda/attention.h"
 #include "cuda/heads.cuh"
 
 // The map is made 64 queries by 64 keys at a time, and never whole: a query keeps the largest score

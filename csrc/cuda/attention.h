@@ -6,7 +6,8 @@
 
 namespace tokencache {
 
-// out = softmax(softmax_scale * query @ key.T) @ value and the log-sum-exp of each query's scores.
+// out = softmax(softmax_scale * query @ key.T) @ value; of each query's scores the log-sum-exp and,
+// where it is asked for, of each row of the map the entropy.
 cudaError_t attention_cuda(const AttentionParams& p, cudaStream_t stream);
 
 }  // namespace tokencache

@@ -292,8 +292,8 @@ cudaError_t attention_received_cuda(const AttentionReceivedParams& p, cudaStream
   });
 }
 
-cudaError_t attention_entropy_cuda(const AttentionEntropyParams& p, const float* lse,
-                                   cudaStream_t stream) {
+cudaError_t attention_entropy_cuda(const AttentionEntropyParams& p, cudaStream_t stream) {
+  const auto* lse = static_cast<const float*>(p.lse);
   AttentionMapParams map = p.map;
   map.H = 1;  // a block takes all heads
   return with_type(map.type, [&](auto one) {

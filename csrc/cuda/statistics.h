@@ -10,9 +10,8 @@ namespace tokencache {
 cudaError_t attention_received_cuda(const AttentionReceivedParams& p, cudaStream_t stream);
 
 // out[b, s] = -sum_n p log p, p[n] the mean over the heads of exp(score[b, h, s, n] - lse[b, h,
-// s]); lse (B, H, S) is contiguous.
-cudaError_t attention_entropy_cuda(const AttentionEntropyParams& p, const float* lse,
-                                   cudaStream_t stream);
+// s]).
+cudaError_t attention_entropy_cuda(const AttentionEntropyParams& p, cudaStream_t stream);
 
 // out[b, n] = mean_h |x[b, n, h]|.
 cudaError_t head_norms_cuda(const HeadNormsParams& p, cudaStream_t stream);

@@ -106,7 +106,8 @@ def test_the_schemas_tell_what_is_written():
         ops.scatter_rows_: (cache, indices, rows),
         ops.finish_heads_: (heads, indices, 9, None, None, False, 0.0, table, table),
         ops.attention_received: (heads, heads, None, 0.5, randn(2, 2, 4)),
-        ops.attention_entropy: (heads, heads, None, 0.5, randn(2, 4)),
+        ops.attention: (heads, heads, heads, None, 0.5, randn(2, 4, 2, 4), *randn(2, 2, 2, 4)),
+        ops.attention_entropy: (heads, heads, None, None, 0.5, randn(2, 4)),
         ops.head_norms: (heads, randn(2, 4)),
         ops.token_change: (rows, rows.clone(), True, randn(2, 4)),
     }
@@ -132,6 +133,9 @@ VECTOR_OPS = {
         some(B, N, H, E), some(B, N, H, E), some(B, S, 8), random_indices(B, N, S, num_empty=2),
         [some(H * E, 8)] * 3, None, reference.QkNorm(some(E), some(E), kind="layer"),
         (wide(N, E), wide(N, E)), False,
+    ),
+    "attention_with_entropy": lambda some, wide: (
+        some(B, S, H, E), some(B, N, H, E), some(B, N, H, E), None, 0.3, False,
     ),
     "attention_received": lambda some, wide: (some(B, S, H, E), some(B, N, H, E), None, 0.3),
     "attention_entropy": lambda some, wide: (some(B, N, H, E), some(B, S, H, E), None, 0.3),
@@ -306,12 +310,12 @@ def test_the_cuda_half_loads_without_a_gpu_and_adds_its_kernels():
 def test_an_op_that_one_half_has_alone_says_so(monkeypatch):
     monkeypatch.setattr(native, "unavailable", lambda device, dtype: None)
 
-    for op, has, has_not in (("attention", "cuda", "cpu"), ("select_tokens_", "cpu", "cuda")):
-        reasons = [
-            backends.unavailable("native", op, torch.device(name), torch.float32)
-            for name in (has, has_not)
-        ]
-        assert reasons == [None, f"it has {op} on {has} alone"]
+    reasons = [
+        backends.unavailable("native", "select_tokens_", torch.device(name), torch.float32)
+        for name in ("cpu", "cuda")
+    ]
+
+    assert reasons == [None, "it has select_tokens_ on cpu alone"]
 
 
 def test_float64_on_a_gpu_is_left_to_the_reference():

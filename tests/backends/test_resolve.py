@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tokencache_kernels import backends, ops
-from tokencache_kernels.backends import reference
+from tokencache_kernels.backends import native, reference
 from tokencache_kernels.errors import BackendUnavailableError
 from tokencache_kernels.testing import randn, random_indices
 
@@ -39,21 +39,21 @@ except BackendUnavailableError as error:
 
 
 def test_a_backend_named_in_the_environment_never_falls_back_either(monkeypatch):
-    monkeypatch.setenv("TOKENCACHE_BACKEND", "native")
+    monkeypatch.setenv("TOKENCACHE_BACKEND", "library")
 
     with pytest.raises(
-        BackendUnavailableError, match=r"^attention_with_entropy: backend 'native' cannot run"
+        BackendUnavailableError,
+        match=r"^gather_rows: backend 'library' cannot run here: it has no gather_rows$",
     ):
-        ops.attention_with_entropy(*[randn(1, 4, 2, 8)] * 3)
+        ops.gather_rows(randn(1, 4, 8), random_indices(1, 4, 2))
 
 
 def test_an_argument_goes_before_the_environment(monkeypatch):
-    monkeypatch.setenv("TOKENCACHE_BACKEND", "native")
+    monkeypatch.setenv("TOKENCACHE_BACKEND", "library")
 
-    assert (
-        backends.resolve("attention_with_entropy", CPU, torch.float32, "reference")
-        is reference.attention_with_entropy
-    )
+    chosen = backends.resolve("gather_rows", CPU, torch.float32, "reference")
+
+    assert chosen is reference.gather_rows
 
 
 def test_a_wrong_name_in_the_environment_is_an_error(monkeypatch):
@@ -63,12 +63,13 @@ def test_a_wrong_name_in_the_environment_is_an_error(monkeypatch):
         ops.gather_rows(randn(1, 4, 8), random_indices(1, 4, 2))
 
 
-def test_auto_says_what_it_passed_over(caplog):
+def test_auto_says_what_it_passed_over(caplog, monkeypatch):
+    monkeypatch.setattr(native, "unavailable", lambda device, dtype: "it is tired")
     with caplog.at_level(logging.DEBUG, logger="tokencache_kernels.backends"):
-        chosen = backends.resolve("attention_with_entropy", CPU, torch.float32)
+        chosen = backends.resolve("gather_rows", CPU, torch.float32)
 
-    assert chosen is reference.attention_with_entropy
-    assert "passing over backend 'native'" in caplog.text
+    assert chosen is reference.gather_rows
+    assert "passing over backend 'native': it is tired" in caplog.text
 
 
 def test_float64_runs_on_the_reference():

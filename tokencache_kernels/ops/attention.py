@@ -84,9 +84,9 @@ def attention(
         key_lengths: (B,) int32, how many keys each sample has (text of different lengths), each in
             [0, N]; or None: all.
         softmax_scale: the factor before the softmax; None: 1 / sqrt(E).
-        backend: ``"auto"``, ``"triton"``, ``"reference"`` or ``"library"``, the best attention of
-            another library. Auto takes the first that can run from a table by device, dtype and
-            head dim; ``tokencache info`` says which.
+        backend: ``"auto"``, ``"triton"``, ``"native"``, ``"reference"`` or ``"library"``, the best
+            attention of another library. Auto takes the first that can run from a table by device,
+            dtype and head dim; ``tokencache info`` says which.
 
     Returns:
         out: (B, S, H, E), contiguous; zeros where a sample has no key.
@@ -135,7 +135,8 @@ def attention_with_entropy(
         head_mean: the entropy of the head-averaged map instead of each head's. It multiplies
             queries by keys twice, for one block of queries and all heads at a time: for the few
             keys of a text. Where keys are many, ``attention_entropy`` spreads over the device.
-        backend: ``"auto"``, ``"triton"`` or ``"reference"``: no library hands out the entropy.
+        backend: ``"auto"``, ``"triton"``, ``"native"`` or ``"reference"``: no library hands out the
+            entropy.
 
     Returns:
         out, lse: as ``attention`` does.

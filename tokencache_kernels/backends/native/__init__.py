@@ -2,7 +2,7 @@
 
 import torch
 
-from .attention import attention
+from .attention import attention, attention_with_entropy
 from .blend import blend, blend_backward
 from .linear import linear, linear_scatter_
 from .loading import (
@@ -25,6 +25,7 @@ __all__ = [
     "attention",
     "attention_entropy",
     "attention_received",
+    "attention_with_entropy",
     "blend",
     "blend_backward",
     "build_info",
@@ -47,8 +48,8 @@ __all__ = [
     "unavailable",
 ]
 
-# on the CPU torch's own attention is what there is; selection in CUDA is not written yet
-ONLY_ON = {"attention": "cuda", "invert_indices": "cpu", "select_tokens_": "cpu"}
+# selection in CUDA is not written yet
+ONLY_ON = {"invert_indices": "cpu", "select_tokens_": "cpu"}
 
 
 def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:

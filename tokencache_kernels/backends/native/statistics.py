@@ -19,13 +19,17 @@ def attention_received(
 
 
 def attention_entropy(
-    query: Tensor, key: Tensor, key_lengths: Tensor | None, softmax_scale: float
+    query: Tensor,
+    key: Tensor,
+    key_lengths: Tensor | None,
+    softmax_scale: float,
+    lse: Tensor | None = None,
 ) -> Tensor:
-    """out[b, s] = -sum_n p log p, p[n] the map's mean over the heads."""
+    """out[b, s] = -sum_n p log p, p[n] the map's mean over the heads; ``lse`` saves some work."""
     out = _new_statistic(query, *query.shape[:2])
     if key.shape[1] * out.numel() == 0:
         return out.zero_()
-    OPS.attention_entropy(query, key, key_lengths, softmax_scale, out)
+    OPS.attention_entropy(query, key, key_lengths, lse, softmax_scale, out)
     return out
 
 
