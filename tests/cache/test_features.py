@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tokencache_kernels.cache import FeatureCache
+from tokencache_kernels.cache import NO_TREND, FeatureCache, Trend
 from tokencache_kernels.errors import CacheMissError
 from tokencache_kernels.testing import randn
 
@@ -45,49 +45,43 @@ def test_what_was_never_stored_is_a_miss():
 
 
 def test_differences_of_a_line_foretell_it():
-    cache = FeatureCache(forecast_order=1)
+    cache = FeatureCache()
     start, slope = randn(2, 3, 4), randn(2, 3, 4, seed=1)
-    for step in (0, 3, 5):
-        cache.begin_step(step)
-        cache.store("site", start + step * slope)
+    for step, trend in ((0, NO_TREND), (3, Trend(1, 3)), (5, Trend(1, 2))):
+        cache.store("site", start + step * slope, trend)
 
-    cache.begin_step(9)
-
-    torch.testing.assert_close(forecast(cache, start), start + 9 * slope)
+    torch.testing.assert_close(forecast(cache, Trend(1, 4)), start + 9 * slope)
 
 
 def test_differences_are_the_published_ones():
-    cache = FeatureCache(forecast_order=2)
+    cache = FeatureCache()
     values = [randn(2, 3, 4, seed=seed) for seed in range(3)]
-    for step, value in zip((1, 3, 6), values, strict=True):
-        cache.begin_step(step)
-        cache.store("site", value)
+    for value, trend in zip(values, (NO_TREND, Trend(1, 2), Trend(2, 3)), strict=True):
+        cache.store("site", value, trend)
 
-    cache.begin_step(8)
+    differences = cache.differences("site", Trend(2, 2))
 
     first = (values[2] - values[1]) / 3
     second = (first - (values[1] - values[0]) / 2) / 3
-    assert [factor for _, factor in cache.differences("site")] == [2, 2]
-    for (difference, _), wanted in zip(cache.differences("site"), (first, second), strict=True):
+    assert [factor for _, factor in differences] == [2, 2]
+    for (difference, _), wanted in zip(differences, (first, second), strict=True):
         torch.testing.assert_close(difference, wanted)
 
 
-def test_a_new_run_knows_no_differences_and_keeps_the_addresses():
-    cache = FeatureCache(forecast_order=1)
+def test_what_begins_anew_knows_no_differences_and_keeps_the_addresses():
+    cache = FeatureCache()
     value = randn(2, 3, 4)
     addresses = []
     for run in range(2):
-        for step in (0, 2):
-            cache.begin_step(step)
-            cache.store("site", (run + step) * value)
-            if step == 0:
-                assert cache.differences("site") == []
-        addresses.append([difference for difference, _ in cache.differences("site")])
+        cache.store("site", run * value)
+        assert cache.differences("site", NO_TREND) == []
+        cache.store("site", (run + 2) * value, Trend(1, 2))
+        addresses.append([difference for difference, _ in cache.differences("site", Trend(1, 1))])
 
     assert addresses[0][0] is addresses[1][0]
     torch.testing.assert_close(addresses[1][0], value)
 
 
-def forecast(cache, like):
-    terms = cache.differences("site")
-    return cache.load("site", like) + sum(factor * difference for difference, factor in terms)
+def forecast(cache, trend):
+    terms = cache.differences("site", trend)
+    return cache.load("site") + sum(factor * difference for difference, factor in terms)

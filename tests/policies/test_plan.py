@@ -274,13 +274,12 @@ def test_pixart_keeps_the_keys_of_its_text_where_the_plan_says(policy):
             timestep=torch.full((2,), 900 - step),
             added_cond_kwargs={"resolution": None, "aspect_ratio": None},
         )  # fmt: skip
-    hook = model.transformer_blocks[0]._diffusers_hook.get_hook("tokencache_kernels")
-    kept_text = hook._contexts.get_state()._text_features.values()
+    runner = runner_of(model)
 
     shape = pixart_shape(image_tokens=16, num_layers=3, hidden=24, heads=3, mlp=96, text_tokens=7)
     sizes = cache_bytes(make_plan(policy, shape), shape, 4)
-    assert sizes.get("text", 0) == sum(key.nbytes + value.nbytes for key, value in kept_text)
-    assert sizes["features"] == num_bytes(runner_of(model).features)
+    assert sizes.get("text", 0) == num_bytes(runner._once)
+    assert sizes["features"] == num_bytes(runner.features)
 
 
 def num_bytes(cache):

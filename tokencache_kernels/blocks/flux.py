@@ -41,14 +41,13 @@ class JointAttention:
         features = self.site, _text_feature(self.site)
         for stream, feature, gate in zip((image, text), features, self.gates, strict=True):
             stream.add(runner.features.load(feature, like=stream.hidden_states), gate)
-            add_forecast(stream, runner, feature, gate)
+            add_forecast(stream, runner, self.site, gate, feature)
 
 
 def remember_joint_attention(runner: Runner, site: Site, image: Tensor, text: Tensor) -> None:
     """Store the two outputs of a full computation, if the next step will reuse them."""
     runner.remember(site, image)
-    if runner.is_remembered(site):
-        runner.features.store(_text_feature(site), text)
+    runner.remember(site, text, _text_feature(site))
 
 
 def _text_feature(site: Site) -> Site:

@@ -1,6 +1,6 @@
 """What a block is made of: gated branches that are computed, recomputed in part, or reused."""
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -46,10 +46,17 @@ def run_sub_layer(stream: ResidualStream, runner: Runner, sub_layer: SubLayer) -
 
 
 def add_forecast(
-    stream: ResidualStream, runner: Runner, feature: Hashable, gate: Tensor | None
+    stream: ResidualStream,
+    runner: Runner,
+    site: Site,
+    gate: Tensor | None,
+    feature: Site | None = None,
 ) -> None:
-    """Add what a cached output is expected to have changed by since then, if it is forecast."""
-    for difference, factor in runner.features.differences(feature):
+    """Add what a cached output is expected to have changed by since then, if it is forecast.
+
+    ``feature`` names one of several outputs of a site; see ``Runner.remember``.
+    """
+    for difference, factor in runner.features.differences(feature or site, runner.trend(site)):
         B, _, D = difference.shape
         stream.add(
             difference, difference.new_full((B, D), factor) if gate is None else gate * factor
@@ -68,7 +75,7 @@ def bring_up_to_date(stream: ResidualStream, runner: Runner, sub_layer: SubLayer
     if action is Action.PARTIAL:
         indices, positions = runner.selection(site)
         sub_layer.recompute_(output, stream, indices, positions)
-        for difference, _ in runner.features.differences(site):
+        for difference, _ in runner.features.differences(site, runner.trend(site)):
             # what is fresh is not forecast
             zeros = difference.new_zeros(*indices.shape, difference.shape[2])
             ops.scatter_rows_(difference, indices, zeros, backend=runner.backend)

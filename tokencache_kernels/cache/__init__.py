@@ -1,6 +1,6 @@
 """What is remembered between steps; storage only."""
 
-from .features import FeatureCache
+from .features import NO_TREND, FeatureCache, Trend
 from .tokens import TokenState
 
-__all__ = ["FeatureCache", "TokenState"]
+__all__ = ["NO_TREND", "FeatureCache", "TokenState", "Trend"]

@@ -2,68 +2,75 @@
 
 import math
 from collections.abc import Hashable
+from typing import NamedTuple
 
 from torch import Tensor
 
 from ..errors import CacheMissError
 
 
+class Trend(NamedTuple):
+    """What is known of how a site's features change, in the step under way.
+
+    Attributes:
+        known: the orders of differences, counting what the step itself stores.
+        distance: the steps since they were stored, or where the step stores, between the last two.
+    """
+
+    known: int = 0
+    distance: int = 0
+
+
+# nothing but the features themselves
+NO_TREND = Trend()
+
+
 class FeatureCache:
     """One buffer per site; its address stays the same from one full step to the next.
 
     A captured graph, and the kernels that scatter into a buffer, rely on that: a full step copies
-    into the buffer instead of replacing it.
+    into the buffer instead of replacing it. Which step it is, only the caller knows.
 
     To forecast, it also keeps finite differences, a buffer of the same size for each order: with
     ``d_0`` what is stored, ``d_{i+1} = (d_i - the d_i before) / (steps in between)``. ``x`` steps
-    later ``sum_i d_i * x^i / i!`` is expected. Only the orders up to ``forecast_order`` that the
-    run has stored often enough for are known.
+    later ``sum_i d_i * x^i / i!`` is expected.
 
     Source:
         TaylorSeer (arXiv:2503.06923).
     """
 
-    def __init__(self, forecast_order: int = 0) -> None:
-        self._forecast_order = forecast_order
-        self._step_index = 0
+    def __init__(self) -> None:
         self._buffers: dict[Hashable, list[Tensor]] = {}
-        # the step that stored last, and how many orders of differences are known since
-        self._stored: dict[Hashable, tuple[int, int]] = {}
 
-    def begin_step(self, step_index: int) -> None:
-        """Count distances from here; a step that is not later than the last begins a new run."""
-        self._step_index = step_index
-
-    def store(self, site: Hashable, value: Tensor, is_forecast: bool = True) -> None:
+    def store(self, site: Hashable, value: Tensor, trend: Trend = NO_TREND) -> None:
         """Copy ``value`` into the site's buffer, which is made anew when the shape changes.
 
-        Without ``is_forecast`` no differences are kept.
+        Args:
+            site: where.
+            value: any tensor; no gradient goes through.
+            trend: the orders known with this value, and the steps since the one before.
         """
         buffers = self._buffers.setdefault(site, [])
         if buffers and not _fits(buffers[0], value):
             buffers.clear()
-        last, known = self._stored.get(site, (self._step_index, 0))
-        distance = self._step_index - last
-        goes_on = is_forecast and bool(buffers) and distance > 0
-        known = min(known + 1, self._forecast_order) if goes_on else 0
-        self._stored[site] = self._step_index, known
         new = value.detach()
+        known = min(trend.known, len(buffers))
         for order in range(known + 1):
             if order == len(buffers):
                 buffers.append(new.clone())
             elif order == known:
                 buffers[order].copy_(new)
             else:
-                difference = (new - buffers[order]) / distance
+                difference = (new - buffers[order]) / trend.distance
                 buffers[order].copy_(new)
                 new = difference
 
-    def load(self, site: Hashable, like: Tensor) -> Tensor:
+    def load(self, site: Hashable, like: Tensor | None = None) -> Tensor:
         """Return the site's buffer itself.
 
         Args:
             site: the site stored before.
-            like: a tensor whose shape, dtype and device the features must have.
+            like: a tensor whose shape, dtype and device the features must have, if they must.
 
         Raises:
             CacheMissError: nothing that fits was stored.
@@ -71,7 +78,7 @@ class FeatureCache:
         if not self._buffers.get(site):
             raise CacheMissError(f"load: {site} must be stored by a full step first, got nothing")
         buffer = self._buffers[site][0]
-        if not _fits(buffer, like):
+        if like is not None and not _fits(buffer, like):
             raise CacheMissError(
                 f"load: {site} must fit {tuple(like.shape)} {like.dtype} on {like.device}, got "
                 f"{tuple(buffer.shape)} {buffer.dtype} on {buffer.device}; reset the cache before "
@@ -79,13 +86,12 @@ class FeatureCache:
             )
         return buffer
 
-    def differences(self, site: Hashable) -> list[tuple[Tensor, float]]:
+    def differences(self, site: Hashable, trend: Trend) -> list[tuple[Tensor, float]]:
         """The site's known differences themselves, from order 1, and their factors ``x^i / i!``."""
-        last, known = self._stored[site]
-        distance = self._step_index - last
+        known = self._buffers[site][1 : 1 + trend.known]
         return [
-            (self._buffers[site][order], distance**order / math.factorial(order))
-            for order in range(1, known + 1)
+            (difference, trend.distance**order / math.factorial(order))
+            for order, difference in enumerate(known, start=1)
         ]
 
 

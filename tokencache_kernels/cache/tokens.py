@@ -14,8 +14,14 @@ class TokenState:
 
     def __init__(self, num_layers: int, batch: int, num_tokens: int, device: torch.device) -> None:
         shape = (num_layers, batch, num_tokens)
-        self.scores: Tensor = torch.ones(shape, dtype=torch.float32, device=device)
-        self.staleness: Tensor = torch.zeros(shape, dtype=torch.int32, device=device)
+        self.scores: Tensor = torch.empty(shape, dtype=torch.float32, device=device)
+        self.staleness: Tensor = torch.empty(shape, dtype=torch.int32, device=device)
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin a new run, at the same addresses: all scores alike, every token fresh."""
+        self.scores.fill_(1)
+        self.staleness.zero_()
 
     def store_scores(self, layer: int, scores: Tensor) -> None:
         """Copy one layer's scores (B, N) in."""

@@ -150,6 +150,10 @@ class ScoreSelector:
         return grid
 
 
+# how tokens are chosen by scores that were drawn before
+DRAWN = ScoreSelector("predicted", normalize=False)
+
+
 @dataclass(frozen=True)
 class RandomSelector:
     """Tokens drawn at random, anew for every site and step, whatever the features are.
@@ -180,9 +184,9 @@ class RandomSelector:
         backend: str = "auto",
     ) -> tuple[Tensor, Tensor]:
         """Draw the fresh tokens of one partial step; see ``Selector``."""
-        drawn = self._draw(sites, step, staleness)
-        return ops.select_tokens_(
-            drawn, staleness, max_fresh, num_fresh=num_fresh, normalize=False, backend=backend
+        drawn = self.draw_scores(sites, step, staleness)
+        return DRAWN.select_(
+            drawn, staleness, num_fresh, max_fresh, sites=sites, step=step, backend=backend
         )
 
     def select_cycle_(
@@ -208,7 +212,7 @@ class RandomSelector:
         indices, positions = zip(*selections, strict=True)
         return torch.stack(indices), torch.stack(positions)
 
-    def _draw(self, sites: Sequence[Site], step: Step, staleness: Tensor) -> Tensor:
+    def draw_scores(self, sites: Sequence[Site], step: Step, staleness: Tensor) -> Tensor:
         """Uniform scores of the shape of ``staleness``, on its device."""
         drawn = torch.empty(staleness.shape)
         rows = _halve(type(self).__name__, drawn) if self.shares_guidance else drawn[:, None]

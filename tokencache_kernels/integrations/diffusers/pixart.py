@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ... import ops
 from ...blocks import CrossAttentionLayer, Lane, MlpLayer, SubLayer, WholeLayer
+from ...cache import FeatureCache
 from ...errors import UnsupportedInputError
 from ...policies import Policy, Site
 from .hooks import (
@@ -47,8 +48,8 @@ class _TextState(ContextState):
         super().reset()
         self._text: Tensor | None = None
         self._mask: Tensor | None = None
+        self._counts = FeatureCache()
         self.key_lengths: Tensor | None = None
-        self._text_features: dict[int, tuple[Tensor, Tensor]] = {}
 
     def note_text(self, text: Tensor, mask: Tensor | None) -> None:
         """Forget what was made of another text; one that is written in place counts as the same.
@@ -57,22 +58,24 @@ class _TextState(ContextState):
         """
         is_new_run = self.runner.step.index == 0
         if is_new_run or text is not self._text:
-            self._text, self._text_features = text, {}
+            self._text, self.runner.known = text, frozenset()
         if is_new_run or mask is not self._mask:
-            self._mask, self.key_lengths = mask, None if mask is None else _count_keys(mask)
+            self._mask, self.key_lengths = mask, None
+            if mask is not None:
+                self._counts.store("key_lengths", _count_keys(mask))
+                self.key_lengths = self._counts.load("key_lengths")
 
     def project_text(
         self, layer: int, block: Any, encoder_hidden_states: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Key and value of the layer, computed where they are first asked for."""
-        if layer not in self._text_features:
-            attention = block.attn2
-            key, value = (
-                project(encoder_hidden_states).unflatten(-1, (attention.heads, -1))
-                for project in (attention.to_k, attention.to_v)
-            )
-            self._text_features[layer] = key, value
-        return self._text_features[layer]
+        attention = block.attn2
+        key, value = (
+            self.runner.once((layer, name), partial(project, encoder_hidden_states))
+            for name, project in (("key", attention.to_k), ("value", attention.to_v))
+        )
+        heads = attention.heads
+        return key.unflatten(-1, (heads, -1)), value.unflatten(-1, (heads, -1))
 
 
 class _InputsHook(GridHook):
