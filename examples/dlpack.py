@@ -3,61 +3,63 @@
 python examples/dlpack.py
 """
 
-import importlib.util
+import importlib
+from types import ModuleType
 
 import numpy as np
 import torch
 
 import tokencache_kernels as tck
 
-
-def from_numpy() -> None:
-    """Scatter into a NumPy array, through a tensor on the same memory."""
-    cache = np.zeros((1, 8, 4), np.float32)
-    indices = np.array([[6, 2]], np.int32)
-    rows = np.ones((1, 2, 4), np.float32)
-
-    tck.scatter_rows_(*map(torch.from_dlpack, (cache, indices, rows)))
-    assert cache[0].any(axis=1).nonzero()[0].tolist() == [2, 6]
-
-    gathered = np.from_dlpack(tck.gather_rows(*map(torch.from_dlpack, (cache, indices))))
-    assert np.array_equal(gathered, rows)
+B, N, S, D = 2, 64, 16, 96
 
 
-def from_jax() -> None:
-    """Gather rows of a JAX array into a JAX array. JAX's own memory must not be written."""
-    import jax
-    import jax.numpy as jnp
+def take_partial_step(xp: ModuleType) -> None:
+    """Select tokens, pass all rows, scatter the packed ones and gather them, on arrays of ``xp``.
 
-    x = jnp.arange(32.0).reshape(1, 8, 4)
-    indices = jnp.array([[6, 2]], jnp.int32)
+    Args:
+        xp: a module with NumPy's names: ``numpy``, ``jax.numpy`` or ``cupy``.
+    """
+    rng = np.random.default_rng(0)
 
-    out = jax.dlpack.from_dlpack(tck.gather_rows(*map(torch.from_dlpack, (x, indices))))
-    assert (out == x[:, indices[0]]).all()
+    def make_random(*shape: int) -> object:
+        return xp.asarray(rng.standard_normal(shape, dtype=np.float32))
 
+    x, cache = make_random(B, N, D), make_random(B, N, D)
+    gate, shift, scale = (make_random(B, D) for _ in range(3))
+    scores, staleness = make_random(1, B, N), xp.zeros((1, B, N), xp.int32)
+    give, take = torch.from_dlpack, xp.from_dlpack
 
-def from_cupy() -> None:
-    """Scatter into a CuPy array on the GPU."""
-    import cupy
+    (indices,), (positions,), _ = tck.select_tokens(give(scores), give(staleness), S)
+    out, packed = tck.row_pass(
+        give(x), [give(cache)], [give(gate)], indices, give(shift), give(scale), positions=positions
+    )
+    fresh = tck.scatter_rows(give(cache), indices, packed)
+    rows = tck.gather_rows(fresh, indices)
 
-    cache = cupy.zeros((1, 8, 4), cupy.float32)
-    indices = cupy.array([[6, 2]], cupy.int32)
-    rows = cupy.ones((1, 2, 4), cupy.float32)
-
-    tck.scatter_rows_(*map(torch.from_dlpack, (cache, indices, rows)))
-    assert cache[0].any(axis=1).nonzero()[0].tolist() == [2, 6]
+    best = xp.sort(xp.argsort(scores[0], axis=1)[:, -S:], axis=1)
+    assert xp.array_equal(take(indices), best)
+    assert xp.allclose(take(out), x + gate[:, None] * cache, atol=1e-6)
+    assert xp.array_equal(take(rows), take(packed))
+    # JAX's arrays never change; those of the others may be written
+    if xp.__name__ != "jax.numpy":
+        tck.scatter_rows_(give(cache), indices, packed)
+        assert xp.array_equal(cache, take(fresh))
 
 
 def main() -> None:
     """Run what is installed."""
-    for name, example in (("numpy", from_numpy), ("jax", from_jax), ("cupy", from_cupy)):
-        if importlib.util.find_spec(name) is None:
-            print(f"{name}: not installed")
-        elif name == "cupy" and not torch.cuda.is_available():
+    for name in ("numpy", "jax.numpy", "cupy"):
+        if name == "cupy" and not torch.cuda.is_available():
             print(f"{name}: needs a GPU")
-        else:
-            example()
-            print(f"{name}: gathered and scattered")
+            continue
+        try:
+            xp = importlib.import_module(name)
+        except ImportError:
+            print(f"{name}: not installed")
+            continue
+        take_partial_step(xp)
+        print(f"{name}: selected, passed, scattered and gathered")
 
 
 if __name__ == "__main__":

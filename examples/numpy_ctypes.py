@@ -1,4 +1,4 @@
-"""Call the native library from NumPy, through ctypes: neither torch nor this package is imported.
+"""A partial step in NumPy, through ctypes: neither torch nor this package is imported.
 
     python examples/numpy_ctypes.py [path of libtokencache.so]
 
@@ -8,82 +8,131 @@ A structure of ctypes has the fields of the C structure in ``tokencache.h``, in 
 import ctypes
 import importlib.util
 import sys
-from ctypes import POINTER, c_char_p, c_int32, c_int64, c_void_p
+from ctypes import c_char_p, c_double, c_float, c_int32, c_int64, c_void_p
 from pathlib import Path
 
 import numpy as np
 
-DTYPES = {"float32": 1, "float16": 2, "float64": 4}  # NumPy has no bfloat16
+FLOAT32 = 1
 CPU = 0
 
 
-class GatherRows(ctypes.Structure):
-    """``tokencache_gather_rows_args``."""
-
-    _fields_ = (
-        [(name, c_int64) for name in ("B", "N", "S", "D")]
-        + [("dtype", c_int32)]
-        + [(name, c_void_p) for name in ("x", "indices", "out")]
-        + [(name, c_int64) for name in ("stride_x_b", "stride_x_n", "stride_indices_b")]
-    )
+def _define(name: str, *fields: tuple[type, str]) -> type[ctypes.Structure]:
+    """A structure: each type with the names that have it, one after another."""
+    flat = [(field, kind) for kind, names in fields for field in names.split()]
+    return type(name, (ctypes.Structure,), {"_fields_": flat})
 
 
-class ScatterRows(ctypes.Structure):
-    """``tokencache_scatter_rows_args``."""
-
-    _fields_ = (
-        [(name, c_int64) for name in ("B", "N", "S", "D")]
-        + [("dtype", c_int32)]
-        + [(name, c_void_p) for name in ("rows", "indices", "cache")]
-        + [(name, c_int64) for name in ("stride_rows_b", "stride_rows_s", "stride_indices_b")]
-        + [(name, c_int64) for name in ("stride_cache_b", "stride_cache_n")]
-    )
+Branch = _define(
+    "tokencache_branch",
+    (c_void_p, "branch gate"),
+    (c_int64, "stride_branch_b stride_branch_n stride_gate_b"),
+)
+STRUCTURES = {
+    "gather_rows": _define(
+        "tokencache_gather_rows_args",
+        (c_int64, "B N S D"),
+        (c_int32, "dtype"),
+        (c_void_p, "x indices out"),
+        (c_int64, "stride_x_b stride_x_n stride_indices_b"),
+    ),
+    "scatter_rows": _define(
+        "tokencache_scatter_rows_args",
+        (c_int64, "B N S D"),
+        (c_int32, "dtype"),
+        (c_void_p, "rows indices cache"),
+        (c_int64, "stride_rows_b stride_rows_s stride_indices_b stride_cache_b stride_cache_n"),
+    ),
+    "row_pass": _define(
+        "tokencache_row_pass_args",
+        (c_int64, "B N S D"),
+        (c_int32, "dtype"),
+        (c_double, "eps"),
+        (c_void_p, "x branches"),
+        (c_int64, "num_branches"),
+        (c_void_p, "indices positions shift scale out packed"),
+        (c_int64, "stride_x_b stride_x_n stride_indices_b stride_shift_b stride_scale_b"),
+        (c_int64, "stride_out_b stride_out_n"),
+    ),
+    "select_tokens": _define(
+        "tokencache_select_tokens_args",
+        (c_int64, "L B N P max_fresh"),
+        (c_float, "staleness_weight"),
+        (c_int32, "normalize"),
+        (c_int64, "grid_height grid_width tile"),
+        (c_float, "bonus"),
+        (c_void_p, "scores num_fresh staleness indices positions"),
+        (c_int64, "stride_staleness_l stride_staleness_b"),
+    ),
+}
 
 
 class Tokencache:
-    """Two ops on NumPy arrays; a mistake raises ValueError with the library's sentence."""
+    """The ops of a partial step on NumPy arrays; a mistake raises with the library's sentence."""
 
     def __init__(self, path: Path) -> None:
         self._library = ctypes.CDLL(str(path))
         self._library.tokencache_error.restype = c_char_p
-        for name, struct in (("gather_rows", GatherRows), ("scatter_rows", ScatterRows)):
-            function = getattr(self._library, f"tokencache_{name}")
-            function.argtypes = [POINTER(struct), c_int32, c_void_p]
+
+    def select_tokens_(
+        self, scores: np.ndarray, staleness: np.ndarray, max_fresh: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Indices and positions of the best tokens of each sample, in one layer (1, B, N)."""
+        _, B, N = scores.shape
+        indices, positions = np.empty((B, max_fresh), np.int32), np.empty((B, N), np.int32)
+        self._call(
+            "select_tokens", L=1, B=B, N=N, P=1, max_fresh=max_fresh, normalize=1,
+            scores=scores, staleness=staleness, indices=indices, positions=positions,
+        )  # fmt: skip
+        return indices, positions
+
+    def row_pass_(
+        self, x: np.ndarray, branch: np.ndarray, gate: np.ndarray, indices: np.ndarray,
+        shift: np.ndarray, scale: np.ndarray,
+    ) -> np.ndarray:  # fmt: skip
+        """x += gate * branch; the selected rows come back packed, normalised and modulated."""
+        (B, N, D), S = x.shape, indices.shape[1]
+        packed = np.empty((B, S, D), np.float32)
+        one = _fill(Branch, branch=branch, gate=gate)
+        self._call(
+            "row_pass", B=B, N=N, S=S, D=D, dtype=FLOAT32, eps=1e-6, num_branches=1,
+            branches=ctypes.addressof(one), x=x, out=x, packed=packed, indices=indices,
+            shift=shift, scale=scale,
+        )  # fmt: skip
+        return packed
+
+    def scatter_rows_(self, cache: np.ndarray, indices: np.ndarray, rows: np.ndarray) -> None:
+        """cache[b, indices[b, s]] = rows[b, s]."""
+        (B, N, D), S = cache.shape, indices.shape[1]
+        self._call(
+            "scatter_rows", B=B, N=N, S=S, D=D, dtype=FLOAT32,
+            rows=rows, indices=indices, cache=cache,
+        )  # fmt: skip
 
     def gather_rows(self, x: np.ndarray, indices: np.ndarray) -> np.ndarray:
         """out[b, s] = x[b, indices[b, s]]; an empty slot: 0."""
         (B, N, D), S = x.shape, indices.shape[1]
-        out = np.empty((B, S, D), x.dtype)
-        args = GatherRows(
-            B, N, S, D, DTYPES[x.dtype.name], x.ctypes.data, indices.ctypes.data, out.ctypes.data,
-            *_strides(x), _strides(indices)[0],
-        )  # fmt: skip
-        self._call("gather_rows", args)
+        out = np.empty((B, S, D), np.float32)
+        self._call("gather_rows", B=B, N=N, S=S, D=D, dtype=FLOAT32, x=x, indices=indices, out=out)
         return out
 
-    def scatter_rows_(self, cache: np.ndarray, indices: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        """cache[b, indices[b, s]] = rows[b, s], in place."""
-        (B, N, D), S = cache.shape, indices.shape[1]
-        if rows.shape != (B, S, D) or rows.dtype != cache.dtype:
-            raise ValueError(f"scatter_rows: rows must fit the cache, got {rows.shape}")
-        args = ScatterRows(
-            B, N, S, D, DTYPES[cache.dtype.name],
-            rows.ctypes.data, indices.ctypes.data, cache.ctypes.data,
-            *_strides(rows), _strides(indices)[0], *_strides(cache),
-        )  # fmt: skip
-        self._call("scatter_rows", args)
-        return cache
-
-    def _call(self, op: str, args: ctypes.Structure) -> None:
+    def _call(self, op: str, **values: object) -> None:
+        args = _fill(STRUCTURES[op], **values)
         if getattr(self._library, f"tokencache_{op}")(ctypes.byref(args), CPU, None) != 0:
             raise ValueError(self._library.tokencache_error().decode())
 
 
-def _strides(array: np.ndarray) -> list[int]:
-    """In elements, of all dimensions but the last, along which there must be no gap."""
-    if array.shape[-1] > 1 and array.strides[-1] != array.itemsize:
-        raise ValueError(f"the last stride must be {array.itemsize}, got {array.strides[-1]}")
-    return [stride // array.itemsize for stride in array.strides[:-1]]
+def _fill(structure: type[ctypes.Structure], **values: object) -> ctypes.Structure:
+    """A structure with these values: of an array its address and its strides, in elements."""
+    args = structure()
+    for name, value in values.items():
+        if isinstance(value, np.ndarray):
+            strides = [field for field, _ in structure._fields_ if f"stride_{name}_" in field]
+            for field, stride in zip(strides, value.strides, strict=False):
+                setattr(args, field, stride // value.itemsize)
+            value = value.ctypes.data
+        setattr(args, name, value)
+    return args
 
 
 def find_library() -> Path:
@@ -95,29 +144,36 @@ def find_library() -> Path:
 
 
 def main() -> None:
-    """Gather the selected rows of a batch, change them, and scatter them back."""
+    """One partial step; each part is compared with what NumPy makes of it."""
     library = Tokencache(Path(sys.argv[1]) if len(sys.argv) > 1 else find_library())
+    B, N, S, D = 2, 64, 16, 96
     rng = np.random.default_rng(0)
-    cache = rng.standard_normal((2, 64, 96), dtype=np.float32)
-    indices = np.sort(rng.permuted(np.tile(np.arange(64, dtype=np.int32), (2, 1)), axis=1)[:, :16])
-    indices[1, -1] = -1  # an empty slot
+    x, cache = (rng.standard_normal((B, N, D), np.float32) for _ in range(2))
+    gate, shift, scale = (rng.standard_normal((B, D), np.float32) for _ in range(3))
+    scores, staleness = rng.random((1, B, N), np.float32), np.full((1, B, N), 3, np.int32)
 
-    rows = library.gather_rows(cache, indices)
-    wanted = np.take_along_axis(cache, indices[..., None], axis=1)
-    wanted[1, -1] = 0
-    assert np.array_equal(rows, wanted)
+    indices, positions = library.select_tokens_(scores, staleness, S)
+    assert np.array_equal(indices, np.sort(np.argsort(scores[0])[:, -S:]))
+    assert np.array_equal(staleness[0], np.where(positions < 0, 4, 0))
 
-    before = cache.copy()
-    library.scatter_rows_(cache, indices, 2 * rows)
-    for b, s in np.argwhere(indices >= 0):
-        before[b, indices[b, s]] *= 2
-    assert np.array_equal(cache, before)
+    summed = x + gate[:, None] * cache
+    packed = library.row_pass_(x, cache, gate, indices, shift, scale)
+    assert np.allclose(x, summed, atol=1e-6)
+    rows = np.take_along_axis(summed, indices[..., None], axis=1)
+    rows = (rows - rows.mean(2, keepdims=True)) / np.sqrt(rows.var(2, keepdims=True) + 1e-6)
+    assert np.allclose(packed, rows * (1 + scale[:, None]) + shift[:, None], atol=1e-5)
+
+    # a model would now run its MLP on the packed rows; here they go into the cache as they are
+    stale = cache.copy()
+    library.scatter_rows_(cache, indices, packed)
+    assert np.array_equal(cache[positions < 0], stale[positions < 0])
+    assert np.array_equal(library.gather_rows(cache, indices), packed)
 
     try:
-        library.gather_rows(cache, np.zeros((2, 65), np.int32))
+        library.gather_rows(cache, np.zeros((B, N + 1), np.int32))
     except ValueError as error:
         print(f"refused, as it should be: {error}")
-    print("gathered and scattered from NumPy")
+    print("selected, passed, scattered and gathered from NumPy")
 
 
 if __name__ == "__main__":

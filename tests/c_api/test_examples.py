@@ -90,15 +90,12 @@ def test_a_library_without_its_cuda_half_says_so(library_path, tmp_path):
 
     status = alone.tokencache_invert_indices(nothing, 1, None)
 
+    sentence = alone.tokencache_error().decode()
     assert status == 2
-    assert (
-        alone.tokencache_error()
-        .decode()
-        .startswith(
-            "invert_indices: device must be one that can be used here, got TOKENCACHE_CUDA: no kernels "
-            "were built, or they do not load: libtokencache_cuda.so"
-        )
+    assert sentence.startswith(
+        "invert_indices: device must be one that can be used here, got TOKEN"
     )
+    assert "no kernels were built, or they do not load: libtokencache_cuda.so" in sentence
 
 
 def test_the_library_tells_its_version(library_path):
@@ -111,11 +108,15 @@ def test_the_library_tells_its_version(library_path):
 def test_numpy_calls_the_library_without_torch(library_path):
     out = run(sys.executable, ROOT / "examples" / "numpy_ctypes.py", library_path)
 
-    assert out.splitlines()[-1] == "gathered and scattered from NumPy"
+    assert out.splitlines()[-1] == "selected, passed, scattered and gathered from NumPy"
 
 
 def test_other_frameworks_hand_their_memory_over():
     out = run(sys.executable, ROOT / "examples" / "dlpack.py")
 
-    assert out.splitlines()[0] == "numpy: gathered and scattered"
-    assert re.fullmatch(r"(\w+: [\w ]+\n){3}", out)
+    lines = dict(line.split(": ") for line in out.splitlines())
+    assert list(lines) == ["numpy", "jax.numpy", "cupy"]
+    assert lines.pop("numpy") == "selected, passed, scattered and gathered"
+    assert set(lines.values()) <= {
+        "selected, passed, scattered and gathered", "not installed", "needs a GPU"
+    }  # fmt: skip
