@@ -1,93 +1,123 @@
-"""Time every attention that can run here, for the table of ``tokencache_kernels/backends``.
+"""The stage ``attention``: every attention that can run here, and the order that follows.
 
-``python -m benchmarks.attention --out FILE`` appends one record for each contender to FILE, and
-prints each problem's order, best first.
+It writes the table of ``tokencache_kernels/backends/attention.json`` with rows of this device's
+own before the others, in the order of the times that were measured.
 """
 
 import argparse
+import itertools
+import json
+import math
+from operator import itemgetter
 from pathlib import Path
-from statistics import median, quantiles
+from statistics import geometric_mean
+from typing import Any
 
 import torch
 
-from tokencache_kernels import backends
 from tokencache_kernels.backends import library
 
-from .records import append_record, describe_run
-from .timing import time_in_turn
+from . import cases
+from .cases import Shape
+from .kernels import Case, has_failed, time_ops
+from .stages import Record
 
-# B, S, N, H, E: all queries, fresh ones, and fresh ones over a text
-SHAPES = {
-    "dit-xl-256px": (2, 256, 256, 16, 72),
-    "dit-xl-256px-fresh": (2, 43, 256, 16, 72),
-    "pixart-1024px-text": (2, 1024, 120, 16, 72),
-    "flux-1024px-fresh": (1, 191, 4608, 24, 128),
-    "flux-1024px": (1, 4608, 4608, 24, 128),
-}
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="the file of records to append to")
-    parser.add_argument("--only", default="", help="shapes with this in their name")
-    parser.add_argument("--samples", type=int, default=20, help="of each contender; default: 20")
-    parser.add_argument("--commit", help="the commit of a tree without history")
-    options = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    facts = describe_run(device, options.commit)
-    for shape, sizes in SHAPES.items():
-        for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            if options.only in shape:
-                records = time_problem(shape, sizes, dtype, device, options.samples)
-                for record in records:
-                    append_record(options.out, {**record, **facts})
-                ranks = (f"{r['backend']} {r['median_ms']:.3f} ms" for r in records)
-                print(f"{shape} {dtype}: {', '.join(ranks)}", flush=True)
+Row = dict[str, Any]
+# where the stage ``install`` puts the records, which the table's rows name
+REHEARSED = "a rehearsal: "
+RECORDS = "benchmarks/results/attention.jsonl"
+TABLE = Path(library.__file__).with_name("attention.json")
 
 
-def time_problem(shape, sizes, dtype, device, samples):
-    """One record a contender, the fastest first."""
-    B, S, N, H, E = sizes
-    inputs = [torch.randn(B, length, H, E, dtype=dtype, device=device) for length in (S, N, N)]
-    contenders = {
-        name: lambda run=run: run(*inputs, None, E**-0.5)
-        for name, run in list_contenders(inputs, dtype, device)
-    }
-    for run in contenders.values():
-        run()
-    seconds = time_in_turn(contenders, device, samples, max_repeats=100)
-    records = [
-        {
-            "case": "attention",
-            "shape": shape,
-            "sizes": dict(zip("BSNHE", sizes, strict=True)),
-            "dtype": str(dtype).removeprefix("torch."),
-            "backend": name,
-            "baseline": name != "triton",
-            "mode": "stream",
-            "median_ms": 1e3 * median(times),
-            "p20_ms": 1e3 * quantiles(times, n=5)[0],
-            "p80_ms": 1e3 * quantiles(times, n=5)[-1],
-            "runs": len(times),
-            "input_sets": 1,
-            "bytes": 2 * B * (S + N) * H * E * dtype.itemsize,
-            "flops": 4 * B * S * N * H * E,
-            "rehearsal": False,
-        }
-        for name, times in seconds.items()
+def run_stage(options: argparse.Namespace, deadline: float) -> int:
+    """Time the attentions; end with the table of times, and with the order that follows."""
+    records = time_ops("attention", list_cases(options), options, deadline)
+    rows = order_attentions(records, name_architecture(options.device))
+    table = merge(rows, json.loads(TABLE.read_text()))
+    (options.out / "attention.json").write_text(json.dumps(table, indent=2) + "\n")
+    for row in rows:
+        heads = f"heads up to {row['max_head_dim']}"
+        print(f"{row['device']} {', '.join(row['dtypes'])}, {heads}: {', '.join(row['order'])}")
+    return has_failed(records)
+
+
+def list_cases(options: argparse.Namespace) -> list[Case]:
+    """The most informative first: in bfloat16 every shape, then other dtypes at a few."""
+    leading, others = cases.ATTENTION_SHAPES[:5], cases.ATTENTION_SHAPES[5:]
+    if options.device.type == "cpu":
+        leading, others = cases.CPU_ATTENTION_SHAPES, ()
+    dtypes = (torch.bfloat16, torch.float16, torch.float32)
+    plan = [(shape, dtype) for dtype in dtypes for shape in leading]
+    plan += [(shape, torch.bfloat16) for shape in others]
+    if options.rehearse:
+        plan = [(cases.TINY, torch.float32)]
+    return [
+        Case(op, shape, dtype, is_leading=shape in leading[:3])
+        for shape, dtype in plan
+        for op in cases.attention.OPS
+        if op.fits(shape)
     ]
-    return sorted(records, key=lambda record: record["median_ms"])
 
 
-def list_contenders(inputs, dtype, device):
-    """The libraries that take this problem, and the backends of ours that do."""
-    for name, candidate in library.CANDIDATES.items():
-        if candidate.refusal(*inputs, None) is None:
-            yield name, candidate.run
-    for name in ("triton", "reference"):
-        if backends.unavailable(name, "attention", device, dtype) is None:
-            yield name, backends.load(name).attention
+def name_architecture(device: torch.device) -> str:
+    """As the table's rows name it: ``sm_90``, or ``cpu``."""
+    if device.type == "cpu":
+        return "cpu"
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
 
 
-if __name__ == "__main__":
-    main()
+def order_attentions(records: list[Record], device: str) -> list[Row]:
+    """A row for each dtype and head dim: the fastest first, over all problems that it took.
+
+    A problem counts by the ratio to its fastest; what is not measured in a graph counts as called.
+    """
+    candidates = {*library.CANDIDATES, "triton", "native"}
+    timed = [
+        record
+        for record in records
+        if record["case"] == "attention"
+        and "median_ms" in record
+        and record["backend"] in candidates
+    ]
+    rows = []
+    for (dtype, head_dim), group in itertools.groupby(sorted(timed, key=kind_of), key=kind_of):
+        group = list(group)
+        ratios: dict[str, list[float]] = {}
+        for _, problem in itertools.groupby(group, key=itemgetter("shape")):
+            # of a contender's two modes the later stays, which is the graph
+            ways = sorted(problem, key=itemgetter("mode"), reverse=True)
+            times = {way["backend"]: way["median_ms"] for way in ways}
+            for name, time in times.items():
+                ratios.setdefault(name, []).append(time / min(times.values()))
+        last = group[-1]
+        source = f"{RECORDS}, {last['device']}, commit {last['git']}"
+        rows.append(
+            {
+                "device": device,
+                "dtypes": [dtype],
+                "max_head_dim": head_dim,
+                "order": sorted(ratios, key=lambda name: geometric_mean(ratios[name])),
+                "source": REHEARSED * last["rehearsal"] + source,
+            }
+        )
+    return rows
+
+
+def kind_of(record: Record) -> tuple[str, int]:
+    """What a row of the table is for; records of one shape then follow each other."""
+    return record["dtype"], Shape(**record["sizes"]).head_dim
+
+
+def merge(rows: list[Row], table: list[Row]) -> list[Row]:
+    """The table with these rows first, without those that they leave nothing to."""
+    measured: dict[tuple[str, str], int] = {}
+    for row in rows:
+        key = row["device"], row["dtypes"][0]
+        measured[key] = max(measured.get(key, 0), row["max_head_dim"])
+
+    def is_replaced(row: Row) -> bool:
+        limit = row["max_head_dim"] or math.inf
+        return all(measured.get((row["device"], dtype), 0) >= limit for dtype in row["dtypes"])
+
+    return [*rows, *(row for row in table if not is_replaced(row))]

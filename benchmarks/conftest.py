@@ -1,70 +1,76 @@
-"""Every op of a file, on every backend that can run here and beside its baselines."""
+"""The cases of ``cases`` as pytest-benchmark's: one test a contender, timed by the device."""
 
-import itertools
+from functools import partial
 
 import pytest
 import torch
 
-from tokencache_kernels import backends, info
+from tokencache_kernels import info
 
-from .cases import LEADING, OPS, bind
+from .cases import CPU_LEADING, LEADING, OPS
+from .kernels import check_result, list_ways, name_dtype, prepare_run
 from .timing import make_clock
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ON_GPU = DEVICE.type == "cuda"
 DTYPE = torch.bfloat16 if ON_GPU else torch.float32
 # a CPU is here to see that everything runs, and to compare its own backends
-SHAPES = LEADING if ON_GPU else [shape.shrink(8) for shape in LEADING]
-BACKENDS = ("reference", "native", "triton")
+SHAPES = LEADING if ON_GPU else [shape.shrink(4) for shape in CPU_LEADING]
+ROUNDS = 30
+
+
+class Clock:
+    """The device's clock, slowed down so that a run of many calls seems to take as long as one."""
+
+    def __init__(self):
+        self.seconds = make_clock(DEVICE)
+        self.calls = 1
+
+    def __call__(self):
+        return self.seconds() / self.calls
 
 
 def pytest_generate_tests(metafunc):
     cases = [
-        pytest.param(op, shape, name, marks=marks, id=f"{op.name}-{shape.name}-{name}")
-        for op in map(OPS.get, metafunc.module.TIMED)
+        pytest.param(op, shape, way, mode, id=f"{op.name}-{shape.name}-{way.name}-{mode}")
+        for op in OPS.values()
         for shape in filter(op.fits, SHAPES)
-        for name, marks in list_contenders(op)
+        for way in list_ways(op, DTYPE, DEVICE, with_compiled=ON_GPU)
+        for mode in way.modes
     ]
-    metafunc.parametrize(("op", "shape", "contender"), cases)
-
-
-def list_contenders(op):
-    """The baselines and the backends, these with a mark if they cannot run here."""
-    for name in op.baselines:
-        yield name, ()
-    for name in BACKENDS:
-        reason = backends.unavailable(name, op.name, DEVICE, DTYPE)
-        yield name, pytest.mark.skip(f"{name}: {reason}") if reason else ()
+    metafunc.parametrize(("op", "shape", "way", "mode"), cases)
 
 
 def pytest_collection_modifyitems(items):
-    clock = make_clock(DEVICE)
+    clock = Clock()
     for item in items:
         item.add_marker(pytest.mark.benchmark(timer=clock))
 
 
 @pytest.fixture
-def timed(benchmark, op, shape, contender):
+def timed(request, op, shape, way, mode):
     """Time one call, on sets of inputs in rotation."""
-    if contender in BACKENDS:
-        function, options = op.ours, {"backend": contender}
-    else:
-        function, options = op.baselines[contender], {}
-    num_sets = op.num_sets(shape, DTYPE) if ON_GPU else 2
-    calls = [
-        bind(function, op.make_inputs(shape, DTYPE, DEVICE, seed), **options)
-        for seed in range(num_sets)
-    ]
+    make_inputs = partial(op.make_inputs, shape, DTYPE, DEVICE)
+    try:
+        if way.is_comparable:
+            check_result(way, op, make_inputs)
+    except NotImplementedError as refusal:
+        pytest.skip(f"{way.name}: {refusal}")
+    sets = [make_inputs(seed) for seed in range(op.num_sets(shape, DTYPE) if ON_GPU else 2)]
+    run = prepare_run([way.bind(inputs) for inputs in sets], mode)
+    # not before: it complains of a test that is skipped
+    benchmark = request.getfixturevalue("benchmark")
     benchmark.group = f"{op.name} {shape.name}"
     benchmark.extra_info.update(
-        contender=contender,
-        dtype=str(DTYPE),
+        backend=way.name,
+        mode=mode,
+        baseline=way.is_baseline,
+        dtype=name_dtype(DTYPE),
         bytes=op.count_bytes(shape, DTYPE.itemsize),
         flops=op.count_flops(shape),
+        input_sets=len(sets),
         **info.machine_facts(DEVICE),
     )
-    rotation = itertools.cycle(calls)
-
-    return lambda: benchmark.pedantic(
-        lambda: next(rotation)(), rounds=30, iterations=num_sets, warmup_rounds=1
-    )
+    request.node.get_closest_marker("benchmark").kwargs["timer"].calls = len(sets)
+    yield lambda: benchmark.pedantic(run, rounds=ROUNDS, warmup_rounds=1)
+    del sets

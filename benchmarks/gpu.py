@@ -26,7 +26,7 @@ from typing import TextIO
 
 ROOT = Path(__file__).parents[1]
 # each names a module of this package with ``run_stage(options, deadline) -> status``
-STAGES = ("build", "test", "kernels", "attention")
+STAGES = ("build", "test", "kernels", "attention", "layers", "models")
 # called by themselves: the second half of kernels; what takes over into the package what was found
 EXTRA_STAGES = ("tune", "install")
 # after these, what was tuned is in use already, as it would be once installed

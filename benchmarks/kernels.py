@@ -88,31 +88,37 @@ class Way:
 
 
 def run_stage(options: argparse.Namespace, deadline: float) -> int:
-    """Time the ops; end with a table, and with what is left of the time for launch settings."""
-    timed = [op for op in OPS.values() if op not in cases.attention.OPS]
-    status = time_ops("kernels", timed, options, deadline)
-    if tune.is_possible(options):
+    """Time the ops; end with a table, and give what is left of the time to launch settings."""
+    records = time_ops("kernels", list_cases(options.device, options.rehearse), options, deadline)
+    status = has_failed(records)
+    if tune.can_tune(options):
         status |= tune.run_stage(options, deadline)
     return status
 
 
-def time_ops(stage: str, ops: Sequence[Op], options: argparse.Namespace, deadline: float) -> int:
-    """Time the cases of these ops that have no records yet; print the table of all."""
+def time_ops(
+    stage: str, found: Sequence[Case], options: argparse.Namespace, deadline: float
+) -> list[Record]:
+    """Time the cases that have no records yet; print the table of all, and return its records."""
     facts = describe_run(options.device, options.commit, options.session)
     journal = Journal(options.out, stage, {**facts, "rehearsal": options.rehearse})
-    found = [
-        case
-        for case in list_cases(ops, options.device, options.rehearse)
-        if options.only in "/".join(case.key.values())
-    ]
+    found = [case for case in found if options.only in "/".join(case.key.values())]
     ceilings = measure_all_ceilings({case.dtype for case in found}, options, journal)
-    measure = partial(time_case, ceilings=ceilings, device=options.device, journal=journal)
-    work_through(journal, found, partial(measure, rehearse=options.rehearse), deadline)
+    measure = partial(
+        time_case, ceilings=ceilings, device=options.device, journal=journal,
+        rehearse=options.rehearse,
+    )  # fmt: skip
+    work_through(journal, found, measure, deadline)
     print_table(journal.records)
-    return int(any("error" in r and not r.get("baseline") for r in journal.records))
+    return journal.records
 
 
-def list_cases(ops: Sequence[Op], device: torch.device, rehearse: bool) -> list[Case]:
+def has_failed(records: list[Record]) -> int:
+    """1 if any contender of ours, or a whole case, has failed."""
+    return int(any("error" in record and not record.get("baseline") for record in records))
+
+
+def list_cases(device: torch.device, rehearse: bool) -> list[Case]:
     """The most informative first: every op at one shape, then at the next."""
     if rehearse:
         plan = [(cases.TINY, torch.bfloat16, True)]
@@ -126,10 +132,11 @@ def list_cases(ops: Sequence[Op], device: torch.device, rehearse: bool) -> list[
         shapes = (*cases.SHAPES[:7], *cases.RATIOS, *cases.SHAPES[7:])
         plan = [(shape, torch.bfloat16, shape in cases.LEADING) for shape in shapes]
     return [
-        Case(op, *where)
-        for where in plan
-        for op in ops
-        if op.fits(where[0]) and is_news(op, where[0])
+        Case(op, shape, dtype, is_leading)
+        for shape, dtype, is_leading in plan
+        for op in OPS.values()
+        # these are a stage of their own
+        if op not in cases.attention.OPS and op.fits(shape) and is_news(op, shape)
     ]
 
 
@@ -252,9 +259,11 @@ def list_ways(
     modes = ("stream", "graph") if on_gpu else ("stream",)
     baselines = op.baselines(device.type)
     yield Way(op.eager, partial(bind, baselines.pop(op.eager)), modes, is_comparable=False)
-    # the reference is for every device, but on a GPU it is the published way over again
-    for backend in ("triton", "native") if on_gpu else ("triton", "native", "reference"):
-        if backends.unavailable(backend, op.backend_op, device, dtype) is None:
+    # on a GPU the reference is the published way over again
+    for backend in op.backends if on_gpu else (*op.backends, "reference"):
+        if backend == "auto" or (
+            backends.unavailable(backend, op.backend_op, device, dtype) is None
+        ):
             ours = partial(bind, op.ours, backend=backend)
             yield Way(backend, ours, modes, is_baseline=backend == "reference")
             if (backend, op.name) == ("triton", "mlp_"):

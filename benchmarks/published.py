@@ -243,6 +243,12 @@ def _call_library(name, fresh_query, key, value):
 ATTENTIONS_OF_LIBRARIES = {name: partial(_call_library, name) for name in library.CANDIDATES}
 
 
+def attention_with_received(query, key, value):
+    """Attention with its map, which is averaged over the queries."""
+    weights = _map(query, key)
+    return torch.einsum("bhqk,bkhe->bqhe", weights, value), weights.mean(dim=2)
+
+
 def attention_with_entropy(fresh_query, text_key, text_value, text_lengths):
     """Attention to a text of the sample's own length, and the entropy of the mean map."""
     weights = _map(fresh_query, text_key, text_lengths)

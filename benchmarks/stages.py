@@ -9,7 +9,7 @@ process go on with the rest.
 import faulthandler
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -75,16 +75,18 @@ class Journal:
 
 def work_through(
     journal: Journal,
-    cases: Sequence[Case],
+    cases: Iterable[Case],
     measure: Callable[[Any], Iterable[Record]],
     deadline: float,
 ) -> None:
     """Measure the cases that have no records yet, in order, until the deadline."""
-    todo = [case for case in cases if not journal.is_done(case.key)]
-    print(f"{len(todo)} cases to time, {len(cases) - len(todo)} done before", flush=True)
-    for number, case in enumerate(todo):
+    num_before = num_now = 0
+    for case in cases:
+        if journal.is_done(case.key):
+            num_before += 1
+            continue
         if time.monotonic() > deadline:
-            print(f"the budget is spent: {len(todo) - number} cases are left for another call")
+            print("the budget is spent: cases are left for another call")
             break
         faulthandler.dump_traceback_later(MAX_SECONDS, exit=True)
         journal.enter(case.key)
@@ -94,6 +96,8 @@ def work_through(
             expect_device(journal)
         journal.leave()
         faulthandler.cancel_dump_traceback_later()
+        num_now += 1
+    print(f"{num_now} cases measured, {num_before} done before", flush=True)
 
 
 def _or_error(measure: Callable[[Any], Iterable[Record]], case: Case) -> Iterator[Record]:

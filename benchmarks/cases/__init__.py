@@ -3,6 +3,8 @@
 from . import attention, blend, linear, mlp, modulate, project, rows, select, statistics
 from .op import Inputs, Op, bind
 from .shapes import (
+    ATTENTION_SHAPES,
+    CPU_ATTENTION_SHAPES,
     CPU_LEADING,
     CPU_SHAPES,
     LEADING,
@@ -17,6 +19,8 @@ FAMILIES = (modulate, select, mlp, linear, project, statistics, rows, blend, att
 OPS = {op.name: op for family in FAMILIES for op in family.OPS}
 
 __all__ = [
+    "ATTENTION_SHAPES",
+    "CPU_ATTENTION_SHAPES",
     "CPU_LEADING",
     "CPU_SHAPES",
     "LEADING",

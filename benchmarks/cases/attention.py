@@ -13,6 +13,15 @@ def _attention_with_entropy(fresh_query, text_key, text_value, text_lengths, bac
     return out, entropy
 
 
+def _attention_with_received(query, key, value, backend):
+    out, lse = ops.attention(query, key, value, backend=backend)
+    return out, ops.attention_received(query, key, lse=lse, backend=backend)
+
+
+def _of_all_queries(attend):
+    return lambda query, key, value: attend(query, key, value)
+
+
 OPS = (
     Op(
         "attention",
@@ -26,6 +35,22 @@ OPS = (
         others=published.ATTENTIONS_OF_LIBRARIES,
         on_cuda=published.ATTENTIONS_OF_TORCH,
         dense=published.dense_attention,
+    ),
+    Op(
+        # what a full step takes to have scores; all others but the first are without
+        "attention_with_received",
+        _attention_with_received,
+        published.attention_with_received,
+        lambda s, size: 4 * s.B * s.N * s.D * size + 4 * s.B * s.heads * s.N,
+        lambda s: 6 * s.B * s.N * s.N * s.D,
+        fits=lambda s: s.S < s.N <= 4608,
+        op="attention_received",
+        backends=("auto", "triton", "native"),
+        others={"sdpa": _of_all_queries(published.attention)},
+        on_cuda={
+            name: _of_all_queries(attend) for name, attend in published.ATTENTIONS_OF_TORCH.items()
+        },
+        compiled="sdpa",
     ),
     Op(
         "attention_with_entropy",

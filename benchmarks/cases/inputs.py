@@ -47,7 +47,7 @@ def make_inputs(
             ("query", "key", "value", "key_cache", "value_cache"), lambda: normal(B, N, H, E)
         ),
         **dict.fromkeys(("text_key", "text_value"), lambda: normal(B, T, H, E)),
-        "text_lengths": lambda: torch.randint(1, T + 1, (B,), dtype=torch.int32, **random),
+        "text_lengths": lambda: torch.randint(T // 2, T + 1, (B,), dtype=torch.int32, **random),
         "fresh_query": lambda: normal(B, S, H, E),
         "rows": lambda: normal(B, S, D),
         "hidden": lambda: normal(B, S, wide),

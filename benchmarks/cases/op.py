@@ -34,6 +34,7 @@ class Op:
             written once.
         count_flops: of matrix products alone.
         fits: the shapes that it is timed at.
+        backends: those of ours that it is timed on; ``auto`` only where it is more than one op.
         op: what the backends call it; the case's name if not given.
         eager: what the records call the published way.
         others: what else a user could pick.
@@ -49,6 +50,7 @@ class Op:
     count_bytes: Callable[[Shape, int], int]
     count_flops: Callable[[Shape], int] = lambda shape: 0
     fits: Callable[[Shape], bool] = lambda shape: True
+    backends: tuple[str, ...] = ("triton", "native")
     op: str = ""
     eager: str = "eager"
     others: Mapping[str, Function] = field(default_factory=dict)

@@ -87,4 +87,18 @@ CPU_SHAPES = (
 )
 CPU_LEADING = CPU_SHAPES[:1]
 
+# of attention: fresh queries, all of them, and many over a text
+ATTENTION_SHAPES = (
+    *(shape for shape in LEADING[:2]),
+    *(shape.at(100) for shape in LEADING[:2]),
+    Shape("pixart-1024px-2-text", 2, 120, 1024, 1152, 4608),
+    SHAPES[2],
+    SHAPES[2].at(100),
+    *SHAPES[3:],
+)
+CPU_ATTENTION_SHAPES = (
+    *(CPU_SHAPES[0], CPU_SHAPES[0].at(100), CPU_SHAPES[3], CPU_SHAPES[3].at(100)),
+    *(LEADING[3], ATTENTION_SHAPES[4]),
+)
+
 TINY = Shape("tiny", 2, 16, 5, 32, 64, L=2, T=6)

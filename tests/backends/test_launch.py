@@ -173,7 +173,7 @@ def test_a_setting_that_wins_beyond_the_scatter_is_kept():
     outcome, _ = outcome_of({128: repeat(2.0), 64: repeat(1.0)}, [Tile(64)])
 
     assert outcome.is_gain
-    assert tune.make_record([outcome], H200, "tune")["settings"] == {outcome.key: {"block": 64}}
+    assert tune.gains([outcome]) == {outcome.key: {"block": 64}}
 
 
 def test_a_setting_that_wins_within_the_scatter_is_not_kept():
@@ -182,7 +182,7 @@ def test_a_setting_that_wins_within_the_scatter_is_not_kept():
 
     assert outcome.best == Tile(64)
     assert not outcome.is_gain
-    assert tune.make_record([outcome], H200, "tune")["settings"] == {}
+    assert tune.gains([outcome]) == {}
 
 
 def test_a_setting_too_large_for_the_device_is_passed_over():
@@ -198,6 +198,13 @@ def test_a_setting_too_large_for_the_device_is_passed_over():
     outcome = tune.try_settings(TuneCase("linear", "", [Tile(64)], run), measure)
 
     assert (outcome.best, outcome.num_failed) == (Tile(), 1)
+
+
+def test_a_setting_that_is_far_behind_is_timed_once():
+    outcome, tried = outcome_of({128: repeat(1.0), 64: repeat(1.3)}, [Tile(64)])
+
+    assert tried.count(Tile(64)) == 1
+    assert outcome.best == Tile()
 
 
 def run_tune(*arguments):

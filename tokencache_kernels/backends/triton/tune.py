@@ -12,7 +12,9 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from functools import partial
@@ -21,11 +23,14 @@ from typing import Any
 
 import torch
 import triton
+from triton.runtime._async_compile import AsyncCompileMode
 from triton.runtime.errors import OutOfResources, PTXASError
+from triton.runtime.jit import JITFunction
 from triton.testing import do_bench
 
 from ... import settings
 from ...version import __version__
+from ._device import INTERPRETED
 from ._launch import (
     INTERPRETER,
     Device,
@@ -41,6 +46,8 @@ from .rows import gather_rows, scatter_rows_
 from .select import invert_indices
 
 ROUNDS = 3
+# what takes longer than the fastest by this factor in the first round is not tried in the others
+MAX_RATIO = 1.2
 
 
 @dataclass(frozen=True)
@@ -126,13 +133,14 @@ def tune_cases(device: Device) -> Iterator[TuneCase]:
 
 
 def try_settings(case: TuneCase, measure: Callable[[Callable[[], object]], float]) -> Outcome:
-    """Time the heuristic's setting and all candidates, each in every round."""
+    """Time the heuristic's setting and all candidates, the promising ones in every round."""
     with on_trial(case.kernel) as trial:
         case.run()
     # a case is one problem of its kernel; anything else is an error in the case
     ((key, heuristic),) = trial.seen.items()
     candidates = list(dict.fromkeys([heuristic, *case.candidates]))
     times: dict[Any, list[float]] = {setting: [] for setting in candidates}
+    num_failed = 0
     for _ in range(ROUNDS):
         for setting in list(times):
             try:
@@ -141,16 +149,44 @@ def try_settings(case: TuneCase, measure: Callable[[Callable[[], object]], float
             except (OutOfResources, PTXASError):
                 # too large for this device; the heuristic's own setting has just run
                 del times[setting]
+                num_failed += 1
+        limit = MAX_RATIO * min(min(rounds) for rounds in times.values())
+        times = {s: t for s, t in times.items() if s == heuristic or min(t) <= limit}
     timings = {setting: Timing(tuple(rounds)) for setting, rounds in times.items()}
     best = min(timings, key=lambda setting: timings[setting].median)
-    return Outcome(
-        key, heuristic, best, timings[heuristic], timings[best], len(candidates) - len(timings)
+    return Outcome(key, heuristic, best, timings[heuristic], timings[best], num_failed)
+
+
+def compile_ahead(case: TuneCase) -> None:
+    """Compile the candidates on all cores at once; one that does not compile says so when run."""
+    if INTERPRETED.value:
+        return
+    with (
+        ThreadPoolExecutor() as pool,
+        AsyncCompileMode(pool, ignore_errors=True),
+        _without_launches(),
+    ):
+        for setting in case.candidates:
+            with on_trial(case.kernel, setting):
+                case.run()
+
+
+@contextmanager
+def _without_launches() -> Iterator[None]:
+    """Launchers then compile their kernels, and launch nothing."""
+    launch = JITFunction.run
+    JITFunction.run = lambda self, *args, **kwargs: launch(
+        self, *args, **{**kwargs, "warmup": True}
     )
+    try:
+        yield
+    finally:
+        JITFunction.run = launch
 
 
 def measure_on_gpu(run: Callable[[], object]) -> float:
     """The median time in milliseconds, from GPU events, with a cold L2."""
-    milliseconds: float = do_bench(run, return_mode="median")
+    milliseconds: float = do_bench(run, warmup=10, rep=50, return_mode="median")
     return milliseconds
 
 
@@ -161,7 +197,18 @@ def measure_on_cpu(run: Callable[[], object]) -> float:
     return 1e3 * (time.perf_counter() - start)
 
 
-def make_record(outcomes: Sequence[Outcome], device: Device, command: str) -> dict[str, Any]:
+def gains(outcomes: Iterable[Outcome]) -> dict[str, dict[str, Any]]:
+    """What won, by problem: the fields that are not the heuristic's."""
+    return {
+        outcome.key: changed_fields(outcome.heuristic, outcome.best)
+        for outcome in outcomes
+        if outcome.is_gain
+    }
+
+
+def make_record(
+    settings: Mapping[str, Mapping[str, Any]], device: Device, command: str
+) -> dict[str, Any]:
     """The file of launch settings: what won, and where it was measured."""
     return {
         "device": device.name,
@@ -173,11 +220,7 @@ def make_record(outcomes: Sequence[Outcome], device: Device, command: str) -> di
         },
         "command": command,
         "utc": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "settings": {
-            outcome.key: changed_fields(outcome.heuristic, outcome.best)
-            for outcome in outcomes
-            if outcome.is_gain
-        },
+        "settings": settings,
     }
 
 
@@ -217,6 +260,7 @@ def run(options: argparse.Namespace) -> int:
     outcomes = []
     for case in find_cases(device):
         if options.kernel is None or options.kernel in case.kernel:
+            compile_ahead(case)
             outcome = try_settings(case, measure)
             outcomes.append(outcome)
             print(describe_outcome(case, outcome), flush=True)
@@ -226,6 +270,6 @@ def run(options: argparse.Namespace) -> int:
     num_gains = sum(outcome.is_gain for outcome in outcomes)
     print(f"tune: {num_gains} of {len(outcomes)} problems gain on {device.name}")
     if options.out is not None:
-        record = make_record(outcomes, device, " ".join(sys.argv))
+        record = make_record(gains(outcomes), device, " ".join(sys.argv))
         options.out.write_text(json.dumps(record, indent=2) + "\n")
     return 0
