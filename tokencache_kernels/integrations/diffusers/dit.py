@@ -32,6 +32,7 @@ from .hooks import (
     register,
     register_score_hook,
 )
+from .modulation import read_modulation
 from .predict import read_conditioning
 
 
@@ -71,12 +72,13 @@ class _BlockHook(BlockHook):
     ) -> tuple[SubLayer, ...]:
         """Self-attention and MLP."""
         norm = block.norm1
-        embedding = norm.emb(
-            named["timestep"], named["class_labels"], hidden_dtype=hidden_states.dtype
-        )
-        shift_attention, scale_attention, gate_attention, shift, scale, gate_mlp = norm.linear(
-            norm.silu(embedding)
-        ).chunk(6, dim=1)
+        vectors = read_modulation(norm)
+        if vectors is None:
+            embedding = norm.emb(
+                named["timestep"], named["class_labels"], hidden_dtype=hidden_states.dtype
+            )
+            vectors = norm.linear(norm.silu(embedding)).chunk(6, dim=1)
+        shift_attention, scale_attention, gate_attention, shift, scale, gate_mlp = vectors
         return (
             SelfAttentionLayer(
                 main_site(self._layer, "attn"),

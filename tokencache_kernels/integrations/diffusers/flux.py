@@ -34,6 +34,7 @@ from .hooks import (
     mlp_of,
     register,
 )
+from .modulation import read_modulation
 
 _BASE_SCORES = ("attention_received", "none")
 _PROCESSORS = ("FluxAttnProcessor",)
@@ -215,7 +216,7 @@ class _SingleBlockHook(_FluxHook):
     def _compose(self, block: Any, stream: ResidualStream, temb: Tensor, rotary: _Pair) -> None:
         runner = self.state.runner
         attention_site, mlp_site = single_sites(self._layer)
-        shift, scale, gate = block.norm.linear(block.norm.silu(temb)).chunk(3, dim=1)
+        shift, scale, gate = _vectors_of(block.norm, temb, 3)
         modulation = Modulation(shift, scale, block.norm.norm.eps)
         attention = WholeLayer(
             attention_site,
@@ -362,7 +363,7 @@ def _lanes(depths: tuple[int, int], text_tokens: int, image_tokens: int) -> tupl
 
 def _modulations(norm: Any, norm_mlp: Any, temb: Tensor) -> tuple[Any, ...]:
     """Modulation and gate of the attention, then those of the MLP."""
-    shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = norm.linear(norm.silu(temb)).chunk(6, 1)
+    shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = _vectors_of(norm, temb, 6)
     return (
         Modulation(shift, scale, norm.norm.eps),
         gate,
@@ -372,6 +373,11 @@ def _modulations(norm: Any, norm_mlp: Any, temb: Tensor) -> tuple[Any, ...]:
 
 
 def _query_key_value(
+def _vectors_of(norm: Any, temb: Tensor, count: int) -> tuple[Tensor, ...]:
+    """What a norm makes of the embedding, (B, D) each."""
+    return read_modulation(norm) or norm.linear(norm.silu(temb)).chunk(count, dim=1)
+
+
     attention: Any, hidden_states: Tensor, text: Tensor | None, rotary: _Pair
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(B, N, H, E) each, normalised and rotated; the text's tokens come first."""

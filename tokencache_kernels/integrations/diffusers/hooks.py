@@ -341,9 +341,9 @@ def main_site(layer: int, module: str) -> Site:
     return Site("main", layer, module)
 
 
-def register(module: nn.Module, hook: ModelHook) -> None:
+def register(module: nn.Module, hook: ModelHook, name: str = HOOK_NAME) -> None:
     """Put our hook into the module's registry."""
-    HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, HOOK_NAME)
+    HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, name)
 
 
 def announce_hooks(transformer: nn.Module) -> None:
