@@ -372,12 +372,12 @@ def _modulations(norm: Any, norm_mlp: Any, temb: Tensor) -> tuple[Any, ...]:
     )
 
 
-def _query_key_value(
 def _vectors_of(norm: Any, temb: Tensor, count: int) -> tuple[Tensor, ...]:
     """What a norm makes of the embedding, (B, D) each."""
     return read_modulation(norm) or norm.linear(norm.silu(temb)).chunk(count, dim=1)
 
 
+def _query_key_value(
     attention: Any, hidden_states: Tensor, text: Tensor | None, rotary: _Pair
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(B, N, H, E) each, normalised and rotated; the text's tokens come first."""
