@@ -45,10 +45,12 @@ def pytest_collection_modifyitems(items):
     clock = Clock()
     for item in items:
         item.add_marker(pytest.mark.benchmark(timer=clock))
+        # by a library that refuses the problem, which is skipped
+        item.add_marker(pytest.mark.filterwarnings("ignore:Benchmark fixture was not used"))
 
 
 @pytest.fixture
-def timed(request, op, shape, way, mode):
+def timed(request, benchmark, op, shape, way, mode):
     """Time one call, on sets of inputs in rotation."""
     make_inputs = partial(op.make_inputs, shape, DTYPE, DEVICE)
     try:
@@ -58,8 +60,6 @@ def timed(request, op, shape, way, mode):
         pytest.skip(f"{way.name}: {refusal}")
     sets = [make_inputs(seed) for seed in range(op.num_sets(shape, DTYPE) if ON_GPU else 2)]
     run = prepare_run([way.bind(inputs) for inputs in sets], mode)
-    # not before: it complains of a test that is skipped
-    benchmark = request.getfixturevalue("benchmark")
     benchmark.group = f"{op.name} {shape.name}"
     benchmark.extra_info.update(
         backend=way.name,

@@ -102,9 +102,7 @@ def run_logged(command: list[str], log: TextIO, deadline: float) -> int | None:
         errors="replace", start_new_session=True, env=make_environment(),
     )  # fmt: skip
     # in a thread: what a command has started may hold the pipe open after its end
-    reader = threading.Thread(
-        target=lambda: [say(line.rstrip("\n"), log) for line in process.stdout], daemon=True
-    )
+    reader = threading.Thread(target=pass_on, args=(process.stdout, log), daemon=True)
     reader.start()
     try:
         return process.wait(max(deadline - time.monotonic(), 0))
@@ -126,6 +124,13 @@ def make_environment() -> dict[str, str]:
         for name, folder in (("PYTHONPATH", unpacked), ("PATH", unpacked / "bin"))
     }
     return {**os.environ, **search, "PYTHONUNBUFFERED": "1"}
+
+
+def pass_on(said: TextIO, log: TextIO) -> None:
+    """Print what another process says, and keep it."""
+    with said:
+        for line in said:
+            say(line.rstrip("\n"), log)
 
 
 def say(line: str, log: TextIO) -> None:

@@ -1,9 +1,11 @@
-"""The run book for a GPU, rehearsed: what it writes, where it goes on, what it refuses to time."""
+"""The run book for a GPU, rehearsed: what it writes, where it goes on, what it survives."""
 
 import json
 import os
 import subprocess
 import sys
+import time
+from argparse import Namespace
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -11,93 +13,259 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import cases, kernels
-from tokencache_kernels import backends
+from benchmarks import attention, build, cases, gpu, install, kernels, published, stages, tune
+from benchmarks import test as suite
+from benchmarks.records import describe_run, read_records
+from tokencache_kernels import backends, info
+from tokencache_kernels.backends.triton import tune as tuning
 from tokencache_kernels.backends.triton._counting import count_launches
+from tokencache_kernels.backends.triton._launch import SHIPPED, TuneCase, choose
+from tokencache_kernels.backends.triton._tiles import TileSetting
 
 ROOT = Path(__file__).resolve().parents[1]
 # of benchmarks/README.md
 FIELDS = {
     "case", "shape", "sizes", "dtype", "backend", "mode", "baseline", "median_ms", "p20_ms",
     "p80_ms", "runs", "input_sets", "bytes", "flops", "share_of_ceiling", "ceiling_gbps_measured",
-    "ceiling_tflops_measured", "git", "dirty", "device", "driver", "torch", "triton", "cuda", "utc",
-    "command", "rehearsal",
+    "ceiling_tflops_measured", "ran", "peak_bytes", "git", "dirty", "device", "driver", "torch",
+    "triton", "cuda", "utc", "command", "environment", "session", "rehearsal",
 }  # fmt: skip
+GATHER = {"case": "gather_rows", "shape": "tiny", "dtype": "bfloat16"}
 
 
 @pytest.fixture
-def rehearse(tmp_path):
-    """Run the stage ``kernels`` on its quickest case; return what it says and all records."""
+def options(tmp_path, device):
+    """Those of a rehearsal of one quick case, as a stage's own process sees them."""
+    return Namespace(
+        out=tmp_path, device=torch.device(device), only="gather_rows/tiny", commit="one",
+        rehearse=True, session="first",
+    )  # fmt: skip
 
-    def run(*arguments):
+
+@pytest.fixture
+def journal(options):
+    facts = describe_run(options.device, options.commit, options.session)
+    return stages.Journal(options.out, "stage", {**facts, "rehearsal": True})
+
+
+def soon():
+    return time.monotonic() + 60
+
+
+# the whole way, by the command
+
+
+def test_a_rehearsal_is_recorded_and_logged_and_not_repeated(tmp_path):
+    def rehearse():
+        command = [
+            *(sys.executable, "-m", "benchmarks.gpu", "--stage", "kernels", "--rehearse"),
+            *("--only", "gather_rows/tiny", "--commit", "one", "--out", tmp_path),
+        ]
         done = subprocess.run(
-            [
-                *(sys.executable, "-m", "benchmarks.gpu", "--stage", "kernels", "--rehearse"),
-                *("--only", "gather_rows/tiny", "--out", tmp_path, *arguments),
-            ],
-            cwd=ROOT,
-            # no git history, so that the commit is the one named in the arguments
-            env={**os.environ, "GIT_DIR": str(tmp_path / "none")},
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stderr
-        path = tmp_path / "kernels.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
-        return done.stdout, [json.loads(line) for line in lines]
+            # no git history, so that the commit is the one named
+            command, cwd=ROOT, env={**os.environ, "GIT_DIR": str(tmp_path / "none")},
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout, read_records(tmp_path / "kernels.jsonl")
 
-    return run
+    out, records = rehearse()
 
-
-def test_a_rehearsal_records_every_contender_and_is_not_repeated(rehearse):
-    out, records = rehearse("--commit", "one")
-
-    assert "1 cases to time" in out
-    assert {"triton", "eager"} <= {record["backend"] for record in records}
-    for record in records:
+    assert "1 cases measured, 0 done before" in out
+    assert all(line in (tmp_path / "kernels.log").read_text() for line in out.splitlines())
+    timed = [record for record in records if record["case"] == "gather_rows"]
+    assert {"triton", "eager"} <= {record["backend"] for record in timed}
+    for record in timed:
         assert record.keys() >= FIELDS
         assert 0 < record["p20_ms"] <= record["median_ms"] <= record["p80_ms"]
-        assert record["git"] == "one"
-        assert record["rehearsal"]
+        assert (record["git"], record["rehearsal"]) == ("one", True)
+    assert [r["dtype"] for r in records if r["case"] == "ceilings"] == ["bfloat16"]
 
-    out, again = rehearse("--commit", "one")
-    assert "0 cases to time, 1 done before" in out
-    assert again == records
-
-    _, more = rehearse("--commit", "two")
-    assert more[: len(records)] == records
-    assert {record["git"] for record in more[len(records) :]} == {"two"}
+    out, again = rehearse()
+    assert "0 cases measured, 1 done before" in out
+    assert [record for record in again if record["case"] == "gather_rows"] == timed
 
 
-def test_a_spent_budget_starts_no_case(rehearse):
-    out, records = rehearse("--budget", "0")
-
-    assert "the budget is spent: 1 cases are left" in out
-    assert records == []
+# the process above, which sees to it that work goes on
 
 
-def test_a_wrong_result_is_recorded_and_not_timed(device):
-    op = replace(cases.OPS["gather_rows"], ours=lambda x, indices, backend: x[:, :4] + 1)
+def test_a_death_is_recorded_and_another_process_goes_on(monkeypatch, tmp_path):
+    begun = {"path": str(tmp_path / "kernels.jsonl"), "record": {**GATHER, "backend": "triton"}}
+    lives = []
 
-    records = list(kernels.time_case(op, cases.TINY, torch.device(device), rehearse=True))
+    def live(command, log, deadline):
+        lives.append(command)
+        if len(lives) == 1:
+            (tmp_path / "at.json").write_text(json.dumps(begun))
+            return -11
+        return (gpu.LOST, 0)[len(lives) - 2]
 
-    wrong = [record for record in records if "error" in record]
-    assert [record["backend"] for record in wrong] == [
-        name
-        for name in kernels.BACKENDS
-        if backends.unavailable(name, op.name, torch.device(device), kernels.DTYPE) is None
+    monkeypatch.setattr(gpu, "run_logged", live)
+    options = Namespace(out=tmp_path, stage="kernels", budget=60)
+
+    assert gpu.supervise(options) == 0
+
+    assert len(lives) == 3
+    (record,) = read_records(tmp_path / "kernels.jsonl")
+    assert record["backend"] == "triton"
+    assert record["error"] == "the process ended with SIGSEGV"
+    assert not (tmp_path / "at.json").exists()
+
+
+def test_what_is_at_work_when_time_is_up_is_no_failure(monkeypatch, tmp_path):
+    def live(command, log, deadline):
+        (tmp_path / "at.json").write_text("{}")
+
+    monkeypatch.setattr(gpu, "run_logged", live)
+
+    assert gpu.supervise(Namespace(out=tmp_path, stage="kernels", budget=0)) == 0
+    assert "is left for another call" in (tmp_path / "kernels.log").read_text()
+    assert list(tmp_path.glob("*.json*")) == []
+
+
+def test_a_command_is_logged_and_ends_in_time_with_all_it_started(tmp_path):
+    child = "import time; print('a child', flush=True); time.sleep(60)"
+    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    started = time.monotonic()
+    with (tmp_path / "log").open("w") as log:
+        status = gpu.run_logged([sys.executable, "-c", parent], log, started + 2)
+        assert gpu.run_logged([sys.executable, "-c", "import os; os.abort()"], log, soon()) == -6
+
+    assert status is None
+    assert time.monotonic() - started < 30
+    assert (tmp_path / "log").read_text().startswith("a child\n")
+
+
+def test_both_sides_mean_the_same_by_a_lost_device():
+    assert gpu.LOST == stages.LOST
+
+
+# a stage's own process
+
+
+def test_a_spent_budget_starts_no_case(options, capsys):
+    assert kernels.run_stage(options, deadline=0) == 0
+
+    assert "the budget is spent" in capsys.readouterr().out
+    assert {record["case"] for record in read_records(options.out / "kernels.jsonl")} == {
+        "ceilings"
+    }
+
+
+def test_another_commit_is_measured_again(journal):
+    done = [kernels.Case(cases.OPS["gather_rows"], cases.TINY, torch.bfloat16, is_leading=False)]
+    measured = []
+
+    def go(journal):
+        stages.work_through(journal, done, lambda case: [{**case.key, "runs": 1}], soon())
+        measured.append(len(journal.records))
+
+    clean = {**journal.facts, "dirty": False}
+    for change in ({}, {"session": "second"}, {"session": "third", "git": "two"}):
+        # records are read anew, as by another process
+        go(stages.Journal(journal.path.parent, "stage", {**clean, **change}))
+
+    assert measured == [1, 1, 1]
+    assert [r["git"] for r in read_records(journal.path)] == [clean["git"], "two"]
+
+
+def test_a_changed_tree_goes_on_within_its_session_alone(journal):
+    facts = {**journal.facts, "dirty": True}
+    stages.Journal(journal.path.parent, "stage", facts).write({**GATHER, "median_ms": 1})
+
+    same = stages.Journal(journal.path.parent, "stage", facts)
+    other = stages.Journal(journal.path.parent, "stage", {**facts, "session": "second"})
+
+    assert same.is_done(GATHER)
+    assert not other.is_done(GATHER)
+
+
+def test_a_case_that_raises_is_recorded_and_the_next_is_measured(journal):
+    todo = [
+        kernels.Case(cases.OPS[name], cases.TINY, torch.bfloat16, is_leading=False)
+        for name in ("gather_rows", "scatter_rows_")
     ]
-    assert all("the result is off by" in record["error"] for record in wrong)
-    assert {record["backend"] for record in records if "median_ms" in record} == {"eager"}
+
+    def measure(case):
+        if case.op.name == "gather_rows":
+            raise MemoryError("too large\n\nfor this machine")
+        yield {**case.key, "runs": 1}
+
+    stages.work_through(journal, todo, measure, soon())
+
+    failed, measured = read_records(journal.path)
+    assert failed["error"] == "MemoryError: too large for this machine"
+    assert measured["case"] == "scatter_rows_"
+    assert not journal.at.exists()
+
+
+def test_a_lost_device_ends_the_process_after_its_record(journal, monkeypatch):
+    def synchronize():
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    case = kernels.Case(cases.OPS["gather_rows"], cases.TINY, torch.bfloat16, is_leading=False)
+    record = {**case.key, "backend": "triton", "error": "an illegal memory access"}
+
+    with pytest.raises(SystemExit) as end:
+        stages.work_through(journal, [case], lambda case: [record], soon())
+
+    assert end.value.code == stages.LOST
+    assert not journal.at.exists()
+    # the case is begun again, without the contender
+    assert not journal.is_done(case.key)
+    assert journal.failed(case.key) == {("triton", None)}
+
+
+# the stage kernels
+
+
+def time_case(op, journal, device, is_leading=False):
+    case = kernels.Case(op, cases.TINY, torch.bfloat16, is_leading)
+    ceilings = {torch.bfloat16: kernels.Ceilings(1e9, 1e9)}
+    return list(kernels.time_case(case, ceilings, torch.device(device), journal, rehearse=True))
+
+
+def test_a_contender_that_failed_is_not_tried_again(journal, device):
+    journal.write({**GATHER, "backend": "triton", "mode": "stream", "error": "it hung"})
+
+    records = time_case(cases.OPS["gather_rows"], journal, device)
+
+    assert "eager" in {record["backend"] for record in records}
+    assert "triton" not in {record["backend"] for record in records}
+
+
+def test_a_wrong_result_is_recorded_and_not_timed(journal, device):
+    op = replace(cases.OPS["gather_rows"], ours=lambda x, indices, backend: x[:, :5] + 1)
+
+    records = time_case(op, journal, device)
+
+    ours = [record for record in records if not record["baseline"]]
+    assert {record["backend"] for record in ours} == {
+        name
+        for name in op.backends
+        if backends.unavailable(name, op.name, torch.device(device), torch.bfloat16) is None
+    }
+    assert all("the result is off by" in record["error"] for record in ours)
+    assert "eager" in {record["backend"] for record in records if "median_ms" in record}
+
+
+def test_a_death_while_kernels_are_listed_leaves_the_times(journal, device, monkeypatch):
+    op = cases.OPS["gather_rows"]
+    assert all(record["ran"] for record in time_case(op, journal, device, is_leading=True))
+
+    journal.write({**GATHER, "backend": "trace", "error": "the process ended with SIGSEGV"})
+    records = time_case(op, journal, device, is_leading=True)
+
+    assert all("median_ms" in record and "ran" not in record for record in records)
 
 
 def test_the_persistent_contender_is_one_launch(device):
-    (way,) = (
-        way
-        for way in kernels.list_ways(cases.OPS["mlp_"], torch.device(device), with_compiled=False)
-        if way.name == "triton-persistent"
-    )
-    inputs = cases.OPS["mlp_"].make_inputs(cases.TINY, kernels.DTYPE, torch.device(device), seed=0)
+    op = cases.OPS["mlp_"]
+    ways = kernels.list_ways(op, torch.bfloat16, torch.device(device), with_compiled=False)
+    (way,) = (way for way in ways if way.name == "triton-persistent")
+    inputs = op.make_inputs(cases.TINY, torch.bfloat16, torch.device(device), seed=0)
     call = way.bind(inputs)
 
     with count_launches() as names:
@@ -107,13 +275,22 @@ def test_the_persistent_contender_is_one_launch(device):
 
 
 @pytest.mark.parametrize("op", cases.OPS.values(), ids=cases.OPS)
-def test_ours_and_the_published_way_do_the_same_work(op, device):
-    reference = kernels.Way("reference", partial(cases.bind, op.ours, backend="reference"), ())
-
+def test_ours_and_the_others_do_the_same_work(op, device):
     def make_inputs(seed):
-        return op.make_inputs(cases.TINY, kernels.DTYPE, torch.device(device), seed)
+        return op.make_inputs(cases.TINY, torch.float32, torch.device(device), seed)
 
-    kernels.check_result(reference, op, make_inputs)
+    reference = kernels.Way("reference", partial(cases.bind, op.ours, backend="reference"), ())
+    others = [kernels.Way("", partial(cases.bind, other), ()) for other in op.others.values()]
+    for way in (reference, *others):
+        try:
+            kernels.check_result(way, op, make_inputs)
+        except NotImplementedError as refusal:
+            # by another library
+            assert "needs a CUDA device" in str(refusal)  # noqa: PT017
+
+
+def test_every_op_of_the_backends_is_timed():
+    assert {op.backend_op for op in cases.OPS.values()} >= set(info.OPS) | {"row_pass"}
 
 
 def test_the_arithmetic_is_that_of_the_layers():
@@ -128,3 +305,176 @@ def test_the_arithmetic_is_that_of_the_layers():
     assert gigaflops["opensora-480p-2"] == pytest.approx(151, rel=0.01)
     for shape in filter(cases.OPS["mlp_"].fits, cases.SHAPES):
         assert cases.OPS["mlp_"].count_flops(shape) == pytest.approx(1e9 * gigaflops[shape.name])
+
+
+def test_other_shares_of_fresh_tokens_are_for_the_ops_that_they_matter_to():
+    named = {(case.op.name, case.shape.name) for case in kernels.list_cases(cuda(), False)}
+
+    assert ("linear", "dit-xl-256px-16-30%") in named
+    assert ("blend", "dit-xl-256px-16") in named
+    assert ("blend", "dit-xl-256px-16-30%") not in named
+
+
+@pytest.mark.parametrize("approximate", ["tanh", "none"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_librarys_gelu_is_told_from_the_other(monkeypatch, dtype, approximate):
+    def linear_gelu(rows, weight, bias):
+        product = torch.nn.functional.linear(rows, weight, bias)
+        return torch.nn.functional.gelu(product, approximate=approximate)
+
+    monkeypatch.setattr(published, "linear_gelu_in_library", linear_gelu)
+
+    found = published.name_library_gelu(dtype, torch.device("cpu"))
+
+    assert found == {"tanh": "tanh", "none": "erf"}[approximate]
+
+
+def cuda():
+    """A device to make plans for, which need not be there."""
+    return torch.device("cuda")
+
+
+# tuning, attention, and what takes over what they found
+
+
+def test_what_wins_is_always_in_the_file_and_not_tried_again(options, monkeypatch, device):
+    slow, fast = TileSetting(1, 32, 4), TileSetting(2, 32, 4)
+    tried = []
+
+    def find_cases(device):
+        for size in (16, 32):
+            yield TuneCase("gather_rows", f"D={size}", [fast], partial(launch, device, size))
+
+    def launch(device, size):
+        tried.append(choose("gather_rows", device, {"D": size}, slow))
+
+    monkeypatch.setattr(tuning, "find_cases", find_cases)
+    monkeypatch.setattr(tuning, "compile_ahead", lambda case: None)
+    for name in ("measure_on_cpu", "measure_on_gpu"):
+        monkeypatch.setattr(tuning, name, lambda run: run() or 1 + (tried[-1] == slow))
+    options.only = "tune"
+
+    assert tune.run_stage(options, soon()) == 0
+    settings = json.loads((options.out / "launch-settings.json").read_text())["settings"]
+    assert settings == {f"gather_rows/D={size}": {"rows": 2} for size in (16, 32)}
+
+    num_tried = len(tried)
+    assert tune.run_stage(options, soon()) == 0
+    assert len(tried) == num_tried
+
+
+def attention_record(shape, backend, milliseconds, mode="graph", dtype="bfloat16"):
+    return {
+        "case": "attention", "shape": shape.name, "sizes": vars(shape), "dtype": dtype,
+        "backend": backend, "mode": mode, "median_ms": milliseconds, "device": "NVIDIA H200",
+        "git": "one", "rehearsal": False,
+    }  # fmt: skip
+
+
+def test_attentions_are_ordered_by_device_time_over_all_problems():
+    flux, dit = cases.LEADING[1], cases.LEADING[0]
+    records = [
+        *(attention_record(flux, "cudnn", 1), attention_record(flux, "triton", 1.2)),
+        # as called it is slower, which does not count
+        *(attention_record(flux, "cudnn", 9, mode="stream"), attention_record(flux, "sdpa", 0.1)),
+        *(attention_record(cases.LEADING[3], "cudnn", 2), attention_record(dit, "triton", 1)),
+        attention_record(cases.LEADING[3], "triton", 2.1),
+    ]
+
+    rows = attention.order_attentions(records, "sm_90")
+
+    assert [(row["max_head_dim"], row["order"]) for row in rows] == [
+        (72, ["triton"]),
+        (128, ["cudnn", "triton"]),
+    ]
+    assert rows[0]["source"].endswith("NVIDIA H200, commit one")
+
+
+def test_measured_rows_go_first_and_replace_what_they_cover():
+    rows = [{"device": "sm_90", "dtypes": ["bfloat16"], "max_head_dim": 128}]
+    table = [
+        {"device": "sm_90", "dtypes": ["bfloat16"], "max_head_dim": 128},
+        {"device": "sm_90", "dtypes": ["bfloat16", "float16"], "max_head_dim": 128},
+        {"device": "cuda", "dtypes": ["bfloat16"], "max_head_dim": None},
+    ]
+
+    assert attention.merge(rows, table) == [*rows, *table[1:]]
+
+
+def test_attention_is_rehearsed(options):
+    options.only = "attention/tiny"
+
+    assert attention.run_stage(options, soon()) == 0
+
+    table = json.loads((options.out / "attention.json").read_text())
+    assert table[0]["source"].startswith(attention.REHEARSED)
+    assert table[-1] == json.loads(attention.TABLE.read_text())[-1]
+
+
+def test_what_was_found_is_taken_over_but_no_rehearsal(options, monkeypatch, tmp_path):
+    package = tmp_path / "package"
+    package.mkdir()
+    monkeypatch.setattr(install, "RESULTS", package)
+    monkeypatch.setattr(install, "SHIPPED", package / SHIPPED.name)
+    monkeypatch.setattr(install, "TABLE", package / "attention.json")
+    (options.out / "kernels.jsonl").write_text('{"rehearsal": false}\n{"rehearsal": true}\n')
+    settings = options.out / "launch-settings.json"
+
+    settings.write_text('{"device": "interpreter"}')
+    (options.out / "attention.json").write_text(json.dumps([{"source": attention.REHEARSED}]))
+    assert install.run_stage(options, soon()) == 0
+    assert [path.name for path in package.iterdir()] == ["kernels.jsonl"]
+
+    settings.write_text('{"device": "NVIDIA H200"}')
+    (options.out / "attention.json").write_text("[]")
+    assert install.run_stage(options, soon()) == 0
+    assert (package / "settings" / "nvidia-h200.json").exists()
+    assert (package / "attention.json").read_text() == "[]"
+    # appended once
+    assert (package / "kernels.jsonl").read_text() == '{"rehearsal": false}\n'
+
+
+# building and testing
+
+
+def test_the_build_is_for_the_gpu_that_is_there(options, monkeypatch):
+    commands = []
+    monkeypatch.setattr(build, "run_until", lambda deadline, *steps: commands.extend(steps) or 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(build, "find_cmake", lambda: ["cmake"])
+    monkeypatch.delenv("TOKENCACHE_CUDA_ARCHITECTURES", raising=False)
+    options.device = cuda()
+
+    assert build.run_stage(options, soon()) == 0
+
+    assert os.environ.pop("TOKENCACHE_CUDA_ARCHITECTURES") == "90a-real"
+    # a rehearsal leaves the library in use alone
+    (install_it,) = (command for command in commands if "--install" in command)
+    assert install_it[-1] == options.out
+
+
+def test_a_machine_without_cmake_says_so(options, monkeypatch, capsys):
+    monkeypatch.setattr(build, "find_cmake", lambda: None)
+    monkeypatch.setattr(build, "run_until", lambda deadline, *steps: 0)
+
+    assert build.run_stage(options, soon()) == 1
+    assert "there is no cmake" in capsys.readouterr().out
+
+
+def test_a_file_of_tests_that_dies_or_fails_is_reported(tmp_path):
+    def run(text):
+        path = tmp_path / "test_it.py"
+        path.write_text(text)
+        return suite.run_file(str(path), tmp_path, threads=1, deadline=soon())
+
+    passed = run("def test_it(): pass")
+    failed = run("def test_it(): assert 'what was found' == ''")
+    died = run("def test_it():\n    import os\n    os.abort()")
+
+    assert (passed["tests"], passed["failures"], passed["failed"]) == (1, 0, [])
+    assert (failed["failures"], failed["failed"]) == (1, ["test_it"])
+    assert "what was found" in suite.describe(failed)
+    assert died["error"] == "status -6, and no report"
+    assert suite.print_summary([passed]) == 0
+    assert suite.print_summary([passed, failed]) == suite.print_summary([died]) == 1
+    assert suite.run_file("tests", tmp_path, threads=1, deadline=0) is None
