@@ -502,6 +502,15 @@ def test_training_and_gradients_are_refused():
         model(**inputs)
 
 
+def test_autocast_is_refused():
+    """FLUX would round its timesteps to a dtype that shows only inside."""
+    model = make(Flux())
+
+    refused = pytest.raises(UnsupportedInputError, match=r"called without torch.autocast, got")
+    with refused, torch.autocast("cpu", torch.bfloat16):
+        run(model, Flux())
+
+
 def test_missing_conditioning_is_refused():
     model = make(DiT())
 

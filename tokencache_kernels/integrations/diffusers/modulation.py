@@ -8,7 +8,6 @@ import inspect
 import logging
 import operator
 from collections.abc import Iterator
-from functools import partial
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -16,7 +15,6 @@ import torch
 from diffusers.hooks import HookRegistry
 from diffusers.hooks.hooks import BaseState
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from ...cache import FeatureCache
 from ...errors import UnsupportedInputError
@@ -221,14 +219,61 @@ class _NormHook(_VectorsHook):
         return _modulate(norm, x, shift, scale), *others
 
 
-class _EmbedderHook(_VectorsHook):
-    """Gives the embedding read; the hooks on the transformer are removed with it."""
+class _CallHooks:
+    """Begins and ends the calls of a transformer.
+
+    They are hooks of torch's: these run outside of whatever stands in for the forward, such as a
+    captured graph, and end a call that breaks off.
+    """
 
     def __init__(
-        self, contexts: Contexts, columns: slice, handles: tuple[RemovableHandle, ...]
+        self, contexts: Contexts, conditioning: tuple[str, ...], transformer: nn.Module
     ) -> None:
+        self._contexts = contexts
+        self._conditioning = conditioning
+        self._signature = inspect.signature(type(transformer).forward)
+        self._handles = (
+            transformer.register_forward_pre_hook(self._begin_call, with_kwargs=True),
+            transformer.register_forward_hook(self._end_call, always_call=True),
+        )
+
+    def remove(self) -> None:
+        """Take them off."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _begin_call(
+        self, transformer: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]
+    ) -> None:
+        given = self._signature.bind(transformer, *arguments, **named).arguments
+        hidden_states = given["hidden_states"]
+        if torch.is_autocast_enabled(hidden_states.device.type):
+            raise UnsupportedInputError(
+                "precompute_modulation: the transformer must be called without torch.autocast, got "
+                "a call with it"
+            )
+        if hidden_states.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise UnsupportedInputError(
+                "precompute_modulation: the transformer must not be captured from outside, got a "
+                "call on a stream that is capturing"
+            )
+        for name in ("timestep", self._conditioning[0]):
+            if given.get(name) is None:
+                fail("precompute_modulation", name, "be given", None)
+        values = [given.get(name) for name in self._conditioning]
+        conditioning = tuple(value for value in values if value is not None)
+        self._contexts.get_state().begin_call(hidden_states, given["timestep"], conditioning)
+
+    def _end_call(self, *_: Any) -> None:
+        self._contexts.get_state().end_call()
+
+
+class _EmbedderHook(_VectorsHook):
+    """Gives the embedding read; the hooks on the transformer go with it."""
+
+    def __init__(self, contexts: Contexts, columns: slice, call_hooks: _CallHooks) -> None:
         super().__init__(contexts, columns)
-        self._handles = handles
+        self._call_hooks = call_hooks
 
     def new_forward(self, embedder: nn.Module, *arguments: Any, **named: Any) -> Any:
         """What the embedder returns, (B, D)."""
@@ -239,8 +284,7 @@ class _EmbedderHook(_VectorsHook):
 
     def deinitalize_hook(self, embedder: nn.Module) -> nn.Module:
         """Called when the hook is removed."""
-        for handle in self._handles:
-            handle.remove()
+        self._call_hooks.remove()
         return embedder
 
 
@@ -250,7 +294,7 @@ def precompute_modulation(transformer: nn.Module, scheduler: Any) -> None:
     By then the scheduler knows the timesteps, and the call shows the conditioning: each layer that
     makes vectors is called once, for all steps and samples. Every call of the run, full or partial,
     under a token cache or not, reads its vectors from there; they equal the model's own within
-    rounding.
+    rounding. All runs under way begin anew.
 
     A run is as many calls as there are timesteps, with the very same tensors as conditioning, as
     pipelines pass them. Another tensor or a reset begins a new run, and each cache context has its
@@ -286,58 +330,27 @@ def precompute_modulation(transformer: nn.Module, scheduler: Any) -> None:
     counts = [1, *(_count_vectors(norm) for norm in model.norms)]
     columns = [slice(*ends) for ends in pairwise(accumulate(counts, initial=0))]
     contexts = Contexts(_ModulationState, (model, columns, scheduler))
-    # torch's hooks: they run outside of whatever stands in for the forward, and end a call that
-    # breaks off
-    begin_call = partial(_begin_call, contexts, model.conditioning)
-    handles = (
-        transformer.register_forward_pre_hook(begin_call, with_kwargs=True),
-        transformer.register_forward_hook(partial(_end_call, contexts), always_call=True),
-    )
-    register(model.embedder, _EmbedderHook(contexts, columns[0], handles), _HOOK_NAME)
+    call_hooks = _CallHooks(contexts, model.conditioning, transformer)
+    register(model.embedder, _EmbedderHook(contexts, columns[0], call_hooks), _HOOK_NAME)
     for norm, of_norm in zip(model.norms, columns[1:], strict=True):
         register(norm, _NormHook(contexts, of_norm), _HOOK_NAME)
     announce_hooks(transformer)
+    # a captured step would go on computing its own
+    HookRegistry.check_if_exists_or_initialize(transformer).reset_stateful_hooks()
 
 
 def remove_precomputed_modulation(transformer: nn.Module) -> None:
-    """Let each step compute its own vectors again, and free all others; without any do nothing."""
-    for module in transformer.modules():
-        if _hook_of(module) is not None:
-            HookRegistry.check_if_exists_or_initialize(module).remove_hook(
-                _HOOK_NAME, recurse=False
-            )
+    """Let each step compute its own vectors again, and free all others; runs begin anew."""
+    registry = HookRegistry.check_if_exists_or_initialize(transformer)
+    # a captured step would go on reading
+    registry.reset_stateful_hooks()
+    registry.remove_hook(_HOOK_NAME)
 
 
 def read_modulation(norm: nn.Module) -> tuple[Tensor, ...] | None:
     """The vectors (B, D) of a norm in the call under way, or None if the norm has to make them."""
     hook = _hook_of(norm)
     return None if hook is None else hook.read()
-
-
-def _begin_call(
-    contexts: Contexts,
-    conditioning: tuple[str, ...],
-    transformer: nn.Module,
-    arguments: tuple[Any, ...],
-    named: dict[str, Any],
-) -> None:
-    signature = inspect.signature(type(transformer).forward)
-    given = signature.bind(transformer, *arguments, **named).arguments
-    hidden_states = given["hidden_states"]
-    if hidden_states.is_cuda and torch.cuda.is_current_stream_capturing():
-        raise UnsupportedInputError(
-            "precompute_modulation: the transformer must not be captured from outside, got a call "
-            "on a stream that is capturing"
-        )
-    for name in ("timestep", conditioning[0]):
-        if given.get(name) is None:
-            fail("precompute_modulation", name, "be given", None)
-    values = tuple(given[name] for name in conditioning if given.get(name) is not None)
-    contexts.get_state().begin_call(hidden_states, given["timestep"], values)
-
-
-def _end_call(contexts: Contexts, *_: Any) -> None:
-    contexts.get_state().end_call()
 
 
 def _compute_vectors(
