@@ -129,7 +129,7 @@ def describe(record: Record) -> str:
     """One line of progress."""
     what = " ".join(
         str(record[name])
-        for name in ("case", "shape", "dtype", "backend", "mode")
+        for name in ("case", "shape", "dtype", "policy", "backend", "mode", "modulation", "what")
         if name in record
     )
     if "error" in record:

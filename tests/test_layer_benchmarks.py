@@ -1,0 +1,123 @@
+"""The stage ``layers``, rehearsed: every contender does the same work, and leaves its records."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import layers
+
+ROOT = Path(__file__).resolve().parents[1]
+FIELDS = {
+    "case", "shape", "sizes", "dtype", "backend", "mode", "baseline", "median_ms", "p20_ms",
+    "p80_ms", "runs", "input_sets", "bytes", "flops", "share_of_ceiling", "ceiling_gbps_measured",
+    "ceiling_tflops_measured", "git", "dirty", "device", "driver", "torch", "triton", "cuda", "utc",
+    "command", "rehearsal",
+}  # fmt: skip
+
+
+def test_a_rehearsal_records_every_contender(tmp_path):
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "benchmarks.gpu", "--stage", "layers", "--rehearse"),
+            *("--only", "layer/tiny/", "--out", tmp_path),
+        ],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = (tmp_path / "layers.jsonl").read_text().splitlines()
+    records = [record for record in map(json.loads, lines) if record["case"] == "layer"]
+    expected = {"eager", "auto", "auto-selecting-by-layer", "triton", "library", "dense"}
+    assert expected <= {record["backend"] for record in records}
+    for record in records:
+        assert record.keys() >= FIELDS
+        assert 0 < record["p20_ms"] <= record["median_ms"] <= record["p80_ms"]
+
+
+@pytest.mark.parametrize("place", range(3), ids=["selecting", "single", "given"])
+def test_every_way_leaves_what_the_published_way_leaves(device, place):
+    case = layers.list_cases(torch.device(device), rehearse=True)[place]
+
+    for way in layers.list_ways(case):
+        if way.is_comparable:
+            layers.check_result(case, way.make_run())
+
+
+def test_a_way_that_leaves_something_else_is_not_timed(device):
+    case = layers.list_cases(torch.device(device), rehearse=True)[0]
+
+    with pytest.raises(ValueError, match="the result is off by"):
+        layers.check_result(case, layers.run_dense)
+
+
+@pytest.mark.parametrize("shape", [layers.TINY, layers.TINY_SINGLE], ids=lambda shape: shape.name)
+def test_what_is_compiled_is_one_graph_and_does_the_same(device, shape):
+    case = layers.Case(shape, torch.bfloat16, torch.device(device))
+    compiled = partial(torch.compile, backend="aot_eager", dynamic=False, fullgraph=True)
+    published = partial(layers.run_published, run_layer=compiled(layers.select_and_recompute_))
+    library = partial(
+        layers.run_library,
+        pack=compiled(layers.pack_rows),
+        choose=compiled(layers.choose_rows),
+    )
+
+    layers.check_result(case, published)
+    layers.check_result(case, library)
+
+
+@pytest.mark.parametrize("shape", [layers.TINY, layers.TINY_SINGLE], ids=lambda shape: shape.name)
+def test_bytes_are_those_of_the_tensors(shape):
+    shape = replace(shape, L=1)
+    case = layers.Case(shape, torch.bfloat16, torch.device("cpu"))
+    work = layers.make_work(shape, torch.bfloat16, torch.device("cpu"))
+    (layer,) = work.layers
+    share = shape.S / shape.N
+
+    read_and_written = [work.x, work.x, work.before, work.staleness, work.staleness]
+    read = [
+        layer.fc1,
+        layer.fc2,
+        work.scores,
+        *([] if layer.attention is None else [layer.attention]),
+    ]
+    fresh = [layer.cache, *([] if layer.attended is None else [layer.attended])]
+    selected = 4 * shape.B * (shape.N + shape.S)
+
+    total = sum(tensor.nbytes for tensor in (*read_and_written, *read)) + selected
+    assert case.bytes == total + sum(share * tensor.nbytes for tensor in fresh)
+
+
+def test_the_arithmetic_is_that_of_the_layers():
+    gigaflops = {
+        shape.name: layers.Case(shape, torch.bfloat16, torch.device("cpu")).flops / 1e9
+        for shape in layers.LEADING
+    }
+
+    # 16 R D^2, and what fc2 reads of the attention
+    assert gigaflops["dit-xl-256px-16-10%"] == pytest.approx(8.83, rel=0.01)
+    assert gigaflops["flux-1024px-10%"] == pytest.approx(69.5, rel=0.01)
+    assert gigaflops["flux-1024px-single"] == pytest.approx(104, rel=0.01)
+
+
+def test_a_processor_is_asked_for_the_products_alone_too(device):
+    if device != "cpu":
+        pytest.skip("the CPU's cases")
+
+    cases = layers.list_cases(torch.device(device), rehearse=False)
+
+    assert {(case.shape.B, case.shape.S) for case in cases} == {
+        (B, S) for B in (2, 8) for S in (26, 64, 128)
+    }
+    assert {case.dtype for case in cases} == {torch.bfloat16, torch.float32}
+    names = [way.name for way in layers.list_ways(cases[0])]
+    assert names == ["eager", "native", "dense", "products", "eager-products"]
