@@ -3,6 +3,16 @@
 from .attention import SelfAttention
 from .cross_attention import CrossAttentionLayer
 from .flux import JointAttention, ParallelLayer, remember_joint_attention
+from .graphs import (
+    Capture,
+    CudaCapture,
+    GraphCounts,
+    StaticInputs,
+    StepGraphs,
+    copy_tensors,
+    describe_arguments,
+    refuse,
+)
 from .mlp import Mlp
 from .runner import Lane, Runner
 from .stream import Modulation, ResidualStream
@@ -17,7 +27,10 @@ from .sublayers import (
 )
 
 __all__ = [
+    "Capture",
     "CrossAttentionLayer",
+    "CudaCapture",
+    "GraphCounts",
     "JointAttention",
     "Lane",
     "Mlp",
@@ -28,10 +41,15 @@ __all__ = [
     "Runner",
     "SelfAttention",
     "SelfAttentionLayer",
+    "StaticInputs",
+    "StepGraphs",
     "SubLayer",
     "WholeLayer",
     "bring_up_to_date",
+    "copy_tensors",
+    "describe_arguments",
     "key_sites",
+    "refuse",
     "remember_joint_attention",
     "run_sub_layer",
 ]

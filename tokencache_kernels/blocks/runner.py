@@ -22,6 +22,9 @@ from ..policies import (
 )
 from ..policies.selectors import DRAWN
 
+# of the first step of every run; see ``Runner.kind``
+FIRST_KIND: Hashable = (0, frozenset())
+
 
 @dataclass(frozen=True)
 class Lane:
@@ -48,6 +51,9 @@ class Lane:
     read_by: str | None = None
 
 
+_Beginning = tuple[tuple[Lane, ...], int, torch.device]
+
+
 class Runner:
     """One sampling run of one cache context: where it is, what it remembers, what it decides.
 
@@ -69,8 +75,8 @@ class Runner:
         self._outputs = FeatureCache()
         self._once = FeatureCache()
         self._step_index = 0
-        self._is_prepared = False
-        self._began_with: tuple[tuple[Lane, ...], int, torch.device] | None = None
+        self._began_with: _Beginning | None = None
+        self._prepared: _Beginning | None = None
 
     def begin_step(
         self,
@@ -95,9 +101,10 @@ class Runner:
             UnsupportedInputError: the policy wants some tokens of a sub-layer that is whole, or
                 skips some sites of a step and not all.
         """
-        if not self._is_prepared:
-            self._prepare(tuple(lanes), batch, device)
-        self._is_prepared = False
+        beginning = tuple(lanes), batch, device
+        if beginning != self._prepared:
+            self._prepare(*beginning)
+        self._prepared = None
         if self.skips_blocks:
             return
         if self._is_predicted and self._selects_at(self._step_index):
@@ -110,7 +117,7 @@ class Runner:
         """Do ahead what ``begin_step`` does on the host, with the lanes of the step before."""
         assert self._began_with is not None, "a first step says what the lanes are"
         self._prepare(*self._began_with)
-        self._is_prepared = True
+        self._prepared = self._began_with
 
     def _prepare(self, lanes: tuple[Lane, ...], batch: int, device: torch.device) -> None:
         """Begin a run where it is time, and draw what is drawn on the host."""
@@ -324,7 +331,7 @@ class Runner:
     def finish_step(self, known: frozenset[Hashable]) -> None:
         """End a step that was prepared and replayed, and left ``known`` when it was captured."""
         self.known = known
-        self._is_prepared = False
+        self._prepared = None
         self.end_step()
 
     def end_step(self) -> None:

@@ -8,10 +8,12 @@ from diffusers.hooks import HookRegistry
 from diffusers.hooks.hooks import CacheContext, _set_cache_context
 from torch import nn
 
+from ...blocks import CudaCapture
 from ...errors import UnsupportedInputError
 from ...ops._checks import fail
 from ...policies import Policy
 from . import dit, flux, pixart
+from .graphs import GRAPH_HOOK_NAME, attach_graphs, check_transformer
 from .hooks import HOOK_NAME, announce_hooks
 
 # the model classes supported, by name, and what attaches a policy to each
@@ -22,7 +24,9 @@ _SUPPORTED = {
 }
 
 
-def apply_token_cache(transformer: nn.Module, config: Policy, *, backend: str = "auto") -> None:
+def apply_token_cache(
+    transformer: nn.Module, config: Policy, *, backend: str = "auto", cuda_graphs: bool = False
+) -> None:
     """Make a diffusers transformer follow a token-caching policy from its next call on.
 
     Full steps run the model's own code, with our attention where a later step selects by the
@@ -36,9 +40,14 @@ def apply_token_cache(transformer: nn.Module, config: Policy, *, backend: str = 
             ``PixArtTransformer2DModel``, in any float dtype, on any device.
         config: a policy, such as ``ToCaConfig.preset("dit-xl-ddim50")``.
         backend: the backend of all ops; see ``ops.gather_rows``.
+        cuda_graphs: whether to capture each kind of step as a CUDA graph when it comes for the
+            second time, and to replay it from then on, also in later runs: the same bits with
+            hardly any work on the host. In a replayed step no Python of the model runs, hooks of
+            others included; see ``count_graph_steps``.
 
     Raises:
-        UnsupportedInputError: the model or a part of it is not supported; the message names it.
+        UnsupportedInputError: the model or a part of it is not supported, or, also in a later call,
+            cannot be captured; the message names it.
         ValueError: the transformer already has a token cache, or the policy was trained for a
             model of another depth.
 
@@ -61,16 +70,21 @@ def apply_token_cache(transformer: nn.Module, config: Policy, *, backend: str = 
     depth = getattr(config, "num_layers", len(blocks))
     if depth != len(blocks):
         fail("apply_token_cache", "config", f"be for {len(blocks)} blocks", f"one for {depth}")
-    adapter.attach(transformer, config, backend)
+    capture = CudaCapture() if cuda_graphs else None
+    if capture is not None:
+        check_transformer(transformer)
+    contexts = adapter.attach(transformer, config, backend)
+    if capture is not None:
+        predictor = getattr(config, "predictor", None)
+        models = [transformer] if predictor is None else [transformer, predictor]
+        attach_graphs(transformer, contexts, models, capture)
     announce_hooks(transformer)
 
 
 def remove_token_cache(transformer: nn.Module) -> None:
     """Take the policy off again and free its caches; without one this does nothing."""
-    for module in transformer.modules():
-        registry = _registry(module)
-        if registry is not None:
-            registry.remove_hook(HOOK_NAME, recurse=False)
+    for name in (GRAPH_HOOK_NAME, HOOK_NAME):
+        HookRegistry.check_if_exists_or_initialize(transformer).remove_hook(name)
 
 
 def reset_token_cache(transformer: nn.Module) -> None:
@@ -96,10 +110,5 @@ def token_cache_context(transformer: nn.Module, name: str) -> Iterator[None]:
 
 
 def _is_applied(transformer: nn.Module) -> bool:
-    return any(_registry(module) is not None for module in transformer.modules())
-
-
-def _registry(module: nn.Module) -> Any:
-    """The module's hook registry, if our hook is in it."""
-    registry = getattr(module, "_diffusers_hook", None)
-    return registry if registry is not None and HOOK_NAME in registry.hooks else None
+    registries = (getattr(module, "_diffusers_hook", None) for module in transformer.modules())
+    return any(HOOK_NAME in registry.hooks for registry in registries if registry is not None)

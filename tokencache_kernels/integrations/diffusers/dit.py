@@ -98,7 +98,7 @@ class _BlockHook(BlockHook):
         )
 
 
-def attach(transformer: Any, policy: Policy, backend: str) -> None:
+def attach(transformer: Any, policy: Policy, backend: str) -> Contexts:
     """Hook every block of the transformer, and the sub-layers whose outputs are cached."""
     blocks = transformer.transformer_blocks
     for block in blocks:
@@ -125,6 +125,7 @@ def attach(transformer: Any, policy: Policy, backend: str) -> None:
             key, value = key_sites(attention)
             register(block.attn1.to_k, KeyHook(contexts, attention, key))
             register(block.attn1.to_v, KeyHook(contexts, attention, value))
+    return contexts
 
 
 def _self_attention_of(attention: Any, backend: str) -> SelfAttention:

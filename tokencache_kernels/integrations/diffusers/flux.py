@@ -303,7 +303,7 @@ class _AttentionHook(_FluxHook):
         return dropout(project(image_out.contiguous())), attention.to_add_out(text_out.contiguous())
 
 
-def attach(transformer: Any, policy: Policy, backend: str) -> None:
+def attach(transformer: Any, policy: Policy, backend: str) -> Contexts:
     """Hook every block of the transformer, and the sub-layers whose outputs are cached."""
     doubles, singles = transformer.transformer_blocks, transformer.single_transformer_blocks
     _check_blocks(doubles, singles)
@@ -329,6 +329,7 @@ def attach(transformer: Any, policy: Policy, backend: str) -> None:
         hook = _AttentionHook(contexts, attention, [mlp] if is_scored else [], backend)
         register(block, _SingleBlockHook(contexts, layer, depths, backend))
         register(block.attn, hook)
+    return contexts
 
 
 def double_sites(layer: int) -> tuple[Site, Site, Site]:

@@ -169,7 +169,7 @@ class _EntropyHook(TappedScoreHook):
         )  # fmt: skip
 
 
-def attach(transformer: Any, policy: Policy, backend: str) -> None:
+def attach(transformer: Any, policy: Policy, backend: str) -> Contexts:
     """Hook every block of the transformer, and the sub-layers whose outputs are cached."""
     blocks = transformer.transformer_blocks
     for block in blocks:
@@ -198,6 +198,7 @@ def attach(transformer: Any, policy: Policy, backend: str) -> None:
             register_score_hook(block.attn1, contexts, hook)
         else:
             register(block.attn1, FeatureHook(contexts, attention))
+    return contexts
 
 
 def _text_state(hook: StatefulHook) -> _TextState:
