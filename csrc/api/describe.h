@@ -9,13 +9,7 @@
 #include "params.h"
 
 #ifdef TOKENCACHE_CUDA
-#include <cuda_runtime_api.h>
-#define TOKENCACHE_KEY CUDA
-
-// It lives in torch's CUDA library, which a CPU build of torch does not have: weak, so that this
-// library loads there all the same.
-extern "C" __attribute__((weak)) AOTITorchError
-aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
+#include "api/device.h"
 #else
 #define TOKENCACHE_KEY CPU
 #endif
@@ -60,13 +54,6 @@ inline AttentionMapParams describe_map(const torch::stable::Tensor& query,
 }
 
 #ifdef TOKENCACHE_CUDA
-
-// The stream that torch launches on, on the device of the tensor.
-inline cudaStream_t stream_of(const torch::stable::Tensor& tensor) {
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
-  return static_cast<cudaStream_t>(stream);
-}
 
 // Every launch is followed by this.
 inline void check_launch(const char* op, cudaError_t error) {

@@ -99,7 +99,7 @@ void linear_scatter_(Tensor cache, const Tensor& indices, const Tensor& x, const
 }  // namespace
 }  // namespace tokencache
 
-STABLE_TORCH_LIBRARY_IMPL(tokencache_kernels_native, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(tokencache_kernels_native, TOKENCACHE_KEY, m) {
   m.impl("linear", TORCH_BOX(&tokencache::linear));
   m.impl("linear_scatter_", TORCH_BOX(&tokencache::linear_scatter_));
 }

@@ -84,9 +84,7 @@ int64_t alignment_of(const BlendBackwardParams& p) {
                           address(p.grad_fresh), p.stride_grad_b * size, p.stride_grad_n * size);
 }
 
-unsigned int grid_of(const BlendParams& p) {
-  return static_cast<unsigned int>(ceil_div(p.B * p.N, kWarps));
-}
+unsigned int grid_of(const BlendParams& p) { return size_of_grid(ceil_div(p.B * p.N, kWarps)); }
 
 }  // namespace
 

@@ -108,8 +108,7 @@ inline bool suits_tensor_cores(const AttentionMapParams& p) {
 
 // A block for every so many rows of every head.
 inline dim3 grid_of_heads(int64_t rows, int64_t rows_per_block, const AttentionMapParams& p) {
-  return {static_cast<unsigned int>(ceil_div(rows, rows_per_block)), static_cast<unsigned int>(p.H),
-          static_cast<unsigned int>(p.B)};
+  return {size_of_grid(ceil_div(rows, rows_per_block)), size_of_grid(p.H), size_of_grid(p.B)};
 }
 
 // The first row of one sample's head.

@@ -10,6 +10,11 @@ namespace tokencache {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// A size of a grid. One that no grid can have stays such, and the launch refuses it.
+inline unsigned int size_of_grid(int64_t num_blocks) {
+  return static_cast<unsigned int>(std::min<int64_t>(num_blocks, UINT32_MAX));
+}
+
 // Blocks of a kernel whose threads stride over the work: enough to fill any device.
 inline unsigned int grid_for(int64_t num_items, int64_t items_per_block) {
   constexpr int64_t kMostBlocks = 1 << 16;

@@ -258,8 +258,8 @@ bool is_aligned(const LinearParams& p) {
 
 template <class Tile>
 dim3 grid_of(const LinearParams& p) {
-  return {static_cast<unsigned int>(ceil_div(p.B * p.S, Tile::kRows)),
-          static_cast<unsigned int>(ceil_div(p.O, Tile::kColumns))};
+  return {size_of_grid(ceil_div(p.B * p.S, Tile::kRows)),
+          size_of_grid(ceil_div(p.O, Tile::kColumns))};
 }
 
 template <class T, class Tile>

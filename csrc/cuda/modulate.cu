@@ -17,17 +17,6 @@ struct Branches {
   BranchParams of[kMostBranches];
 };
 
-__device__ float sum_block(float value) {
-  __shared__ float of_warp[kThreads / 32];
-  value = sum_of_warp(value);
-  __syncthreads();  // the sums of the call before were read
-  if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = value;
-  __syncthreads();
-  float total = 0;
-  for (int warp = 0; warp < kThreads / 32; ++warp) total += of_warp[warp];
-  return total;
-}
-
 template <class T>
 __device__ const T* row_of(const void* base, int64_t offset) {
   return static_cast<const T*>(base) + offset;
@@ -39,12 +28,12 @@ __device__ void modulate_row(const ModulateParams& p, const float* row, int64_t 
                              int64_t packed_row) {
   float total = 0;
   for (int64_t d = threadIdx.x; d < p.D; d += kThreads) total += row[d];
-  const float mean = sum_block(total) / p.D;
+  const float mean = sum_of_block<kThreads>(total) / p.D;
   float squares = 0;
   for (int64_t d = threadIdx.x; d < p.D; d += kThreads) {
     squares += (row[d] - mean) * (row[d] - mean);
   }
-  const float rstd = rsqrtf(sum_block(squares) / p.D + static_cast<float>(p.eps));
+  const float rstd = rsqrtf(sum_of_block<kThreads>(squares) / p.D + static_cast<float>(p.eps));
 
   const T* shift = row_of<T>(p.shift, batch * p.stride_shift_b);
   const T* scale = row_of<T>(p.scale, batch * p.stride_scale_b);

@@ -41,6 +41,13 @@ struct alignas(sizeof(T) * Width) Piece {
   __device__ void store(T* pointer) const { *reinterpret_cast<Piece*>(pointer) = *this; }
 };
 
+// Two numbers, rounded, in one register.
+template <class T>
+__device__ uint32_t pack(float first, float second) {
+  const Piece<T, 2> pair{from_float<T>(first), from_float<T>(second)};
+  return *reinterpret_cast<const uint32_t*>(&pair);
+}
+
 // Calls f with a value of the element type; float64 has no kernel.
 template <class F>
 auto with_type(Type type, F f) {

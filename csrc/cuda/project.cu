@@ -73,7 +73,7 @@ __global__ void __launch_bounds__(32 * kWarps) finish_heads_kernel(FinishHeadsPa
 
 cudaError_t finish_heads_cuda(const FinishHeadsParams& p, cudaStream_t stream) {
   return with_type(p.type, [&](auto one) {
-    const auto blocks = static_cast<unsigned int>(ceil_div(p.B * p.S * p.H, kWarps));
+    const auto blocks = size_of_grid(ceil_div(p.B * p.S * p.H, kWarps));
     return launch(finish_heads_kernel<decltype(one)>, blocks, 32 * kWarps, 0, stream, p);
   });
 }

@@ -314,7 +314,7 @@ cudaError_t attention_entropy_cuda(const AttentionEntropyParams& p, cudaStream_t
 
 cudaError_t head_norms_cuda(const HeadNormsParams& p, cudaStream_t stream) {
   return with_type(p.type, [&](auto one) {
-    const auto blocks = static_cast<unsigned int>(ceil_div(p.B * p.N, kPlainWarps));
+    const auto blocks = size_of_grid(ceil_div(p.B * p.N, kPlainWarps));
     return launch(head_norms_kernel<decltype(one)>, blocks, 32 * kPlainWarps, 0, stream, p);
   });
 }
@@ -325,7 +325,7 @@ cudaError_t token_change_cuda(const TokenChangeParams& p, cudaStream_t stream) {
       common_alignment(address(p.new_rows), address(p.old_rows), p.D * size, p.stride_new_b * size,
                        p.stride_new_n * size, p.stride_old_b * size, p.stride_old_n * size) == 16;
   return with_pieces(p.type, is_aligned, [&](auto one, auto width) {
-    const auto blocks = static_cast<unsigned int>(ceil_div(p.B * p.N, kPlainWarps));
+    const auto blocks = size_of_grid(ceil_div(p.B * p.N, kPlainWarps));
     return launch(token_change_kernel<decltype(one), decltype(width)::value>, blocks,
                   32 * kPlainWarps, 0, stream, p);
   });

@@ -66,11 +66,4 @@ __device__ void multiply_add(float (&sum)[4], const uint32_t (&a)[4], uint32_t b
   }
 }
 
-// Two numbers, rounded, as a lane holds them of a matrix.
-template <class T>
-__device__ uint32_t pack(float first, float second) {
-  const Piece<T, 2> pair{from_float<T>(first), from_float<T>(second)};
-  return *reinterpret_cast<const uint32_t*>(&pair);
-}
-
 }  // namespace tokencache

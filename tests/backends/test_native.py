@@ -301,21 +301,11 @@ def test_the_cuda_half_loads_without_a_gpu_and_adds_its_kernels():
     for name in (
         "gather_rows", "scatter_rows_", "add_branches", "gather_modulate", "row_pass", "blend",
         "blend_backward", "linear", "linear_scatter_", "finish_heads_", "attention",
-        "attention_received", "attention_entropy", "head_norms", "token_change",
+        "attention_received", "attention_entropy", "head_norms", "token_change", "select_tokens_",
+        "invert_indices",
     ):  # fmt: skip
         op = f"tokencache_kernels_native::{name}"
         assert torch._C._dispatch_has_kernel_for_dispatch_key(op, "CUDA")
-
-
-def test_an_op_that_one_half_has_alone_says_so(monkeypatch):
-    monkeypatch.setattr(native, "unavailable", lambda device, dtype: None)
-
-    reasons = [
-        backends.unavailable("native", "select_tokens_", torch.device(name), torch.float32)
-        for name in ("cpu", "cuda")
-    ]
-
-    assert reasons == [None, "it has select_tokens_ on cpu alone"]
 
 
 def test_float64_on_a_gpu_is_left_to_the_reference():

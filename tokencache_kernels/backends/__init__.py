@@ -2,7 +2,7 @@
 
 A backend is a module with functions named like the ops (the contract is spelled out in
 ``reference``) and one function ``unavailable(device, dtype) -> str | None``, the reason it cannot
-run there. ``ONLY_ON``, where it has one, names the ops that it has on one type of device alone.
+run there.
 """
 
 import importlib
@@ -66,9 +66,6 @@ def unavailable(name: str, op: str, device: torch.device, dtype: torch.dtype) ->
     reason: str | None = module.unavailable(device, dtype)
     if reason is None and not hasattr(module, op):
         reason = f"it has no {op}"
-    only_on: str = getattr(module, "ONLY_ON", {}).get(op, device.type)
-    if reason is None and only_on != device.type:
-        reason = f"it has {op} on {only_on} alone"
     return reason
 
 

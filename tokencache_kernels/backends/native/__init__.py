@@ -48,9 +48,6 @@ __all__ = [
     "unavailable",
 ]
 
-# selection in CUDA is not written yet
-ONLY_ON = {"invert_indices": "cpu", "select_tokens_": "cpu"}
-
 
 def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
     """The library must be there, and on a GPU its CUDA half."""

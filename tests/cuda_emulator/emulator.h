@@ -1,0 +1,146 @@
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <functional>
+#include <tuple>
+#include <utility>
+
+// Comes before every file of csrc/cuda when a compiler for the CPU takes it: what nvcc would know.
+// The toolkit's headers give the types; here is what threads see, and what they do together.
+
+// Blocks run one after another in one thread of the CPU. Unlike a static variable, one of a thread
+// may also be declared extern, and lies with all others in one piece of memory: it is filled with
+// NaN before each block.
+#undef __shared__
+#define __shared__ thread_local
+
+#define __launch_bounds__(...)
+
+inline uint3 threadIdx, blockIdx;
+inline dim3 gridDim;
+
+namespace emulator {
+
+constexpr int kWarp = 32;
+
+// Ends the launch with an error.
+[[noreturn]] void fail(const char* reason);
+
+// Returns when all threads of the block have called it.
+void wait_for_block();
+
+// What the lanes of a warp do together, each with an argument of its own.
+using Meeting = void (*)(void* const (&lanes)[kWarp]);
+
+// Returns when all lanes have called it, and the last one has done what they do together.
+void meet(Meeting meeting, void* argument);
+
+// Remembers a copy of 16 bytes, or of zeros; it is made as late as the kernel allows.
+void copy_later(void* to, const void* from, bool is_there);
+void close_group_of_copies();
+void make_copies(int most_groups_left);
+
+cudaError_t set_limit_of_shared_memory(const void* kernel, int bytes);
+cudaError_t run(const cudaLaunchConfig_t& config, const void* kernel,
+                const std::function<void()>& run_thread);
+
+// What lane takes the value of lane source(lane).
+template <class T>
+T shuffle(unsigned mask, T value, int source) {
+  struct Lane {
+    T value;
+    int source;
+    T result;
+  } mine{value, source, {}};
+  if (mask != 0xFFFFFFFF) fail("only whole warps can shuffle here");
+  meet(
+      [](void* const(&lanes)[kWarp]) {
+        for (void* lane : lanes) {
+          Lane& one = *static_cast<Lane*>(lane);
+          one.result = static_cast<Lane*>(lanes[one.source])->value;
+        }
+      },
+      &mine);
+  return mine.result;
+}
+
+inline int lane() { return threadIdx.x % kWarp; }
+
+}  // namespace emulator
+
+template <class... Params, class... Args>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params...),
+                               const Args&... args) {
+  const std::tuple<Params...> given(args...);
+  return emulator::run(*config, reinterpret_cast<const void*>(kernel),
+                       [&] { std::apply(kernel, given); });
+}
+
+template <class Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute, int bytes) {
+  return emulator::set_limit_of_shared_memory(reinterpret_cast<const void*>(kernel), bytes);
+}
+
+inline void __syncthreads() { emulator::wait_for_block(); }
+
+inline void __syncwarp() {
+  emulator::meet([](void* const(&)[emulator::kWarp]) {}, nullptr);
+}
+
+template <class T>
+T __shfl_sync(unsigned mask, T value, int source) {
+  return emulator::shuffle(mask, value, source);
+}
+
+template <class T>
+T __shfl_xor_sync(unsigned mask, T value, int other) {
+  return emulator::shuffle(mask, value, emulator::lane() ^ other);
+}
+
+template <class T>
+T __shfl_up_sync(unsigned mask, T value, int distance) {
+  const int lane = emulator::lane();
+  return emulator::shuffle(mask, value, lane < distance ? lane : lane - distance);
+}
+
+inline unsigned __ballot_sync(unsigned mask, bool vote) {
+  unsigned votes = 0;
+  // every lane asks all others: dear, but short
+  for (int lane = 0; lane < emulator::kWarp; ++lane) {
+    votes |= static_cast<unsigned>(emulator::shuffle(mask, vote, lane)) << lane;
+  }
+  return votes;
+}
+
+template <class T>
+T atomicAdd(T* address, T value) {
+  return std::exchange(*address, *address + value);
+}
+
+template <class T>
+T atomicMax(T* address, T value) {
+  return std::exchange(*address, std::max(*address, value));
+}
+
+inline int __ffs(unsigned x) { return x == 0 ? 0 : std::countr_zero(x) + 1; }
+inline int __popc(unsigned x) { return std::popcount(x); }
+inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline unsigned __float_as_uint(float x) { return std::bit_cast<unsigned>(x); }
+inline float __uint_as_float(unsigned x) { return std::bit_cast<float>(x); }
+template <class T>
+T min(T a, T b) {
+  return std::min(a, b);
+}
+template <class T>
+T max(T a, T b) {
+  return std::max(a, b);
+}
+inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
