@@ -32,7 +32,9 @@ EXTRA_STAGES = ("tune", "install")
 # after these, what was tuned is in use already, as it would be once installed
 WITH_TUNED_SETTINGS = ("attention", "layers", "models")
 # a stage that has not ended so long after its budget is killed
-GRACE_SECONDS = 30
+GRACE_SECONDS = 20
+# then another process shows what there is
+TABLE_SECONDS = 25
 # of benchmarks/stages.py, which imports torch: this process must not
 LOST = 3
 
@@ -72,15 +74,15 @@ def supervise(options: argparse.Namespace) -> int:
             status = run_logged(command, log, deadline + GRACE_SECONDS)
             if status is None:
                 say("the budget is spent: what was at work is left for another call", log)
-                status = 0
-            elif at.exists():
+                at.unlink(missing_ok=True)
+                run_logged([*command, "--deadline", "0"], log, time.monotonic() + TABLE_SECONDS)
+                return 0
+            if at.exists():
                 say(f"{record_death(at, status)}; another process goes on", log)
-                continue
             elif status == LOST:
                 say("another process goes on", log)
-                continue
-            at.unlink(missing_ok=True)
-            return status
+            else:
+                return status
 
 
 def record_death(at: Path, status: int) -> str:

@@ -9,6 +9,7 @@ that of the published way. What time is left goes to launch settings (``tune.py`
 import argparse
 import gc
 import statistics
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -103,7 +104,9 @@ def time_ops(
     facts = describe_run(options.device, options.commit, options.session)
     journal = Journal(options.out, stage, {**facts, "rehearsal": options.rehearse})
     found = [case for case in found if options.only in "/".join(case.key.values())]
-    ceilings = measure_all_ceilings({case.dtype for case in found}, options, journal)
+    # another process may be here for the table alone
+    dtypes = {case.dtype for case in found} if time.monotonic() < deadline else set()
+    ceilings = measure_all_ceilings(dtypes, options, journal)
     measure = partial(
         time_case, ceilings=ceilings, device=options.device, journal=journal,
         rehearse=options.rehearse,
@@ -119,24 +122,26 @@ def has_failed(records: list[Record]) -> int:
 
 
 def list_cases(device: torch.device, rehearse: bool) -> list[Case]:
-    """The most informative first: every op at one shape, then at the next."""
+    """The most informative first: the ops that a step is made of at a few shapes, then the others.
+
+    Those of the stage ``attention`` are left to it.
+    """
+    dtypes, leading = (torch.bfloat16,), cases.LEADING
+    groups = (leading[:2], (*leading[2:], *cases.SHAPES[4:7], *cases.RATIOS), cases.SHAPES[7:])
     if rehearse:
-        plan = [(cases.TINY, torch.bfloat16, True)]
+        leading, groups = (cases.TINY,), ((cases.TINY,),)
     elif device.type == "cpu":
-        plan = [
-            (shape, dtype, shape in cases.CPU_LEADING)
-            for shape in cases.CPU_SHAPES
-            for dtype in (torch.bfloat16, torch.float32)
-        ]
-    else:
-        shapes = (*cases.SHAPES[:7], *cases.RATIOS, *cases.SHAPES[7:])
-        plan = [(shape, torch.bfloat16, shape in cases.LEADING) for shape in shapes]
+        dtypes, leading = (torch.bfloat16, torch.float32), cases.CPU_SHAPES[:1]
+        groups = (cases.CPU_SHAPES,)
+    others = [op for op in OPS.values() if op not in (*cases.KEY_OPS, *cases.attention.OPS)]
     return [
-        Case(op, shape, dtype, is_leading)
-        for shape, dtype, is_leading in plan
-        for op in OPS.values()
-        # these are a stage of their own
-        if op not in cases.attention.OPS and op.fits(shape) and is_news(op, shape)
+        Case(op, shape, dtype, is_leading=shape in leading)
+        for shapes in groups
+        for ops in (cases.KEY_OPS, others)
+        for shape in shapes
+        for dtype in dtypes
+        for op in ops
+        if op.fits(shape) and is_news(op, shape)
     ]
 
 
@@ -235,8 +240,11 @@ def time_case(
     if case.is_leading and all(r.get("backend") != "trace" for r in journal.records):
         # afterwards, and never again if a process should die of it
         journal.enter(case.key, backend="trace")
-        for contender, call in first_calls.items():
-            records[contender]["ran"] = list_kernels(call, device)
+        for (name, mode), call in first_calls.items():
+            records[name, mode]["ran"] = (
+                # replayed is what was called
+                records[name, "stream"]["ran"] if mode == "graph" else list_kernels(call, device)
+            )
     for contender, seconds in times.items():
         record = {**records[contender], **summarise(seconds, parts=len(sets))}
         yield {**record, "share_of_ceiling": ceilings[dtype].share(record)}

@@ -5,7 +5,6 @@ from .op import Inputs, Op, bind
 from .shapes import (
     ATTENTION_SHAPES,
     CPU_ATTENTION_SHAPES,
-    CPU_LEADING,
     CPU_SHAPES,
     LEADING,
     RATIOS,
@@ -14,15 +13,21 @@ from .shapes import (
     Shape,
 )
 
-# the most telling first
 FAMILIES = (modulate, select, mlp, linear, project, statistics, rows, blend, attention)
 OPS = {op.name: op for family in FAMILIES for op in family.OPS}
+# what a partial step is made of, and what makes the scores of a full one
+KEY_OPS = tuple(
+    OPS[name]
+    for name in (
+        "row_pass_", "select_tokens_", "mlp_", "linear", "linear_scatter_", "attention_received",
+    )
+)  # fmt: skip
 
 __all__ = [
     "ATTENTION_SHAPES",
     "CPU_ATTENTION_SHAPES",
-    "CPU_LEADING",
     "CPU_SHAPES",
+    "KEY_OPS",
     "LEADING",
     "OPS",
     "RATIOS",

@@ -85,7 +85,6 @@ CPU_SHAPES = (
     Shape("dit-xl-512px-2", 2, 1024, 102, 1152, 4608, L=28),
     *(Shape(f"dit-xl-256px-8-{S}", 8, 256, S, 1152, 4608, L=28) for S in (26, 64, 128)),
 )
-CPU_LEADING = CPU_SHAPES[:1]
 
 # of attention: fresh queries, all of them, and many over a text
 ATTENTION_SHAPES = (
