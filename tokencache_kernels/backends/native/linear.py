@@ -55,11 +55,16 @@ def _can_pack(weight: Tensor) -> bool:
     return weight.dtype == torch.float32
 
 
+def _has_kernel(x: Tensor) -> bool:
+    """Whether the library itself multiplies."""
+    return x.is_cuda
+
+
 def linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, indices: Tensor | None
 ) -> Tensor:
     """activation(rows @ weight.T + bias), where rows = x, or x gathered by ``indices``."""
-    if x.is_cuda:
+    if _has_kernel(x):
         fused: Tensor = OPS.linear(x, weight, bias, activation, indices)
         return fused
     rows = x if indices is None else gather_rows(x, indices)
@@ -79,9 +84,15 @@ def linear_scatter_(
     bias: Tensor | None,
     gate: Tensor | None,
     residual: bool,
+    features: Tensor | None = None,
 ) -> None:
-    """cache[b, indices[b, s]] = [its old value +] [gate[b] *] (x[b, s] @ weight.T + bias)."""
-    if x.is_cuda:
+    """cache[b, indices[b, s]] = [its old value +] [gate[b] *] (row[b, s] @ weight.T + bias).
+
+    row = x, or with features, those of the token and then x.
+    """
+    if features is not None:
+        x = torch.cat([gather_rows(features, indices), x], dim=-1)
+    if _has_kernel(x):
         OPS.linear_scatter_(cache, indices, x, weight, bias, gate, residual)
         return
     rows = linear(x, weight, bias, "none", None)
