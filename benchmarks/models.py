@@ -378,7 +378,7 @@ def time_case(case: Case, journal: Journal) -> Iterator[Record]:
     """Records of each contender's run and steps; for one that fails, one with the error."""
     release_memory()
     subject = case.make_subject()
-    with best_attention(subject) as attention:
+    with torch.no_grad(), best_attention(subject) as attention:
         common = {**case.key, "attention": attention, "steps": case.model.num_steps}
         calls, peaks = {}, {}
         for contender in case.contenders:
@@ -413,8 +413,9 @@ def has_failed(contender: Contender, records: list[Record]) -> bool:
 
 
 def _enter(journal: Journal, case: Case, contender: Contender) -> None:
-    # each may take as long as a whole case of another stage
-    faulthandler.dump_traceback_later(MAX_SECONDS, exit=True)
+    # each may take as long as a whole case of another stage, and a compiler longer
+    patience = 2 if contender.mode == "compiled" else 1
+    faulthandler.dump_traceback_later(patience * MAX_SECONDS, exit=True)
     journal.enter(case.key, **contender.fields)
 
 
@@ -428,9 +429,7 @@ def prepare_call(contender: Contender, case: Case, subject: "Subject") -> tuple[
     num_steps = 1 if contender.policy == "dense" else case.model.num_steps
     before = torch.cuda.memory_reserved() if on_gpu else 0
     call = make_call(contender, case, subject)
-    for _ in range(2):
-        # what is captured at first is replayed then
-        output = run_all(call, subject, num_steps)
+    output = warm_up(call, contender, subject, num_steps)
     if not output.isfinite().all():
         raise ValueError("the result must be finite, got one that is not")
     plain = replace(contender, mode="stream", modulation="per-step")
@@ -446,6 +445,23 @@ def prepare_call(contender: Contender, case: Case, subject: "Subject") -> tuple[
     run_all(call, subject, num_steps)
     weights = sum(tensor.nbytes for tensor in subject.transformer.parameters())
     return call, torch.cuda.max_memory_reserved() - before + weights
+
+
+def warm_up(call: "Call", contender: Contender, subject: "Subject", num_steps: int) -> Tensor:
+    """Run until nothing is new any more; the output of the last call."""
+    run_all(call, subject, num_steps)
+    if contender.policy == "dense" or contender.mode != "graph":
+        return run_all(call, subject, num_steps)
+    from tokencache_kernels.integrations.diffusers import count_graph_steps
+
+    # each kind of step runs once, is captured, and is replayed from then on
+    for _ in range(4):
+        before = count_graph_steps(call.transformer).replayed
+        output = run_all(call, subject, num_steps)
+        if count_graph_steps(call.transformer).replayed - before == num_steps:
+            return output
+    got = count_graph_steps(call.transformer)
+    raise ValueError(f"all steps of a run must be replayed in the end, got {got}")
 
 
 # what is recorded

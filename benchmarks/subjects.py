@@ -30,6 +30,18 @@ NUM_CLASSES = 1000
 Call = Callable[[Tensor, Tensor], Tensor]
 
 
+@dataclass(frozen=True)
+class BoundCall:
+    """A transformer's call on latents and timestep (B,)."""
+
+    transformer: Any
+    named: dict[str, Any]
+
+    def __call__(self, latents: Tensor, timestep: Tensor) -> Tensor:
+        """What it predicts."""
+        return self.transformer(latents, timestep=timestep, **self.named, return_dict=False)[0]
+
+
 @dataclass
 class Subject:
     """A model, and what it is called with.
@@ -57,11 +69,9 @@ class Subject:
         tensors = itertools.chain(self.transformer.parameters(), self.transformer.buffers())
         return copy.deepcopy(self.transformer, {id(tensor): tensor for tensor in tensors})
 
-    def bind(self, transformer: nn.Module) -> Call:
-        """A transformer's call on latents and timestep (B,)."""
-        return lambda latents, timestep: transformer(
-            latents, timestep=timestep, **self.named, return_dict=False
-        )[0]
+    def bind(self, transformer: nn.Module) -> BoundCall:
+        """The call of a transformer."""
+        return BoundCall(transformer, self.named)
 
     def begin_run(self, num_steps: int) -> list[Tensor]:
         """Set the scheduler back; return the timesteps as the model wants them, on its device."""
