@@ -67,12 +67,17 @@ def test_split_tiles_are_as_exact_as_whole_ones(device, split_k, dtype):
     ],
     ids=["split", "wide"],
 )
-def test_every_kind_of_tile_scatters(device, setting):
+@pytest.mark.parametrize("num_features", [None, 40, 128])
+def test_every_kind_of_tile_scatters(device, setting, num_features):
     x, weight, bias = make_linear(torch.float32, device)
     cache = randn(2, 50, 136, device=device)
     indices = random_indices(2, 50, 40, num_empty=3, device=device)
     gate = randn(2, 136, device=device)
-    inputs = (indices, x, weight, bias, gate, True)
+    features = None
+    if num_features is not None:
+        features = randn(2, 50, num_features, device=device)
+        x = x[..., num_features:].contiguous()
+    inputs = (indices, x, weight, bias, gate, True, features)
 
     wanted, out = cache.clone(), cache.clone()
     with on_trial("linear_scatter_", setting):

@@ -77,8 +77,7 @@ def test_all_rows_recomputed_are_a_full_computation(device):
     torch.testing.assert_close(cache, layer.compute(ResidualStream(x)), rtol=1e-5, atol=1e-5)
 
 
-def test_no_launch_but_five(device):
-    """Four of ours, and PyTorch's own for the concatenation of the packed rows."""
+def test_no_launch_but_three(device):
     reason = backends.unavailable("triton", "linear", torch.device(device), torch.float32)
     if reason is not None:
         pytest.skip(reason)
@@ -93,9 +92,7 @@ def test_no_launch_but_five(device):
     with count_launches() as launches:
         layer.recompute_(cache, stream, indices, positions)
 
-    assert launches == [
-        "_row_pass_kernel", "_gather_rows_kernel", "_linear_kernel", "_linear_scatter_kernel"
-    ]  # fmt: skip
+    assert launches == ["_row_pass_kernel", "_linear_kernel", "_linear_scatter_kernel"]
 
 
 def test_image_and_text_share_a_decision_and_have_a_feature_each(device):

@@ -97,6 +97,8 @@ CASES = [
     ("linear", {"bias": randn(4)}, "bias must have shape (O,) = (32), got (4,)"),
     ("linear", {"activation": "relu"}, "activation must be one of none, gelu, gelu_tanh, silu, got 'relu'"),
     ("linear_scatter_", {"gate": randn(B, 3)}, "gate must have shape (B, O) = (2, 16), got (2, 3)"),
+    ("linear_scatter_", {"features": randn(B, 3, 8)}, "features must have shape (B, N, F) = (2, 12, any), got (2, 3, 8)"),
+    ("linear_scatter_", {"features": randn(B, N, 8)}, "weight must have shape (O, F + K) = (16, 24), got (16, 16)"),
     ("linear_scatter_", {"x": randn(B, S, 0), "weight": randn(D, 0)}, "x must have at least one channel, got 0"),
     ("mlp_", {"fc2_weight": randn(D, 8)}, "fc2_weight must have shape (D, M) = (16, 32), got (16, 8)"),
     ("mlp_", {"hidden_states": randn(B, 3, D)}, "hidden_states must have shape (B, N, D) = (2, 12, 16), got (2, 3, 16)"),

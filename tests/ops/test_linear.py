@@ -122,18 +122,60 @@ def test_gate_and_old_value_join_before_the_rounding(backend, device, has_gate, 
     )
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("B", "N", "S", "F", "K", "O"),
+    [
+        pytest.param(2, 37, 11, 72, 40, 24, id="odd-sizes"),
+        pytest.param(1, 80, 70, 64, 128, 192, id="round-sizes"),
+        pytest.param(2, 5, 5, 3, 7, 1, id="all-tokens"),
+        pytest.param(2, 16, 0, 8, 8, 8, id="no-slot"),
+        pytest.param(2, 16, 3, 0, 8, 8, id="no-feature"),
+    ],
+)
+def test_features_are_multiplied_as_if_they_stood_before_the_rows(
+    backend,
+    device,
+    B,
+    N,
+    S,
+    F,
+    K,
+    O,  # noqa: E741
+    dtype,
+):
+    weight, bias = make_layer(F + K, O, dtype, device)
+    x = randn(B, S, K, dtype=dtype, device=device)
+    features = randn(B, N, F, dtype=dtype, device=device, seed=4)
+    indices = random_indices(B, N, S, num_empty=min(S, 1), device=device)
+    inputs = (randn(B, N, O, dtype=dtype, device=device, seed=3), indices, x, weight, bias)
+
+    out = linear_scatter(*inputs, features=features, backend=backend)
+
+    rows = torch.cat([gather_rows(features, indices, backend="reference"), x], dim=-1)
+    inputs = (*inputs[:2], rows, *inputs[3:])
+    assert_within_budget(
+        out,
+        exact=linear_scatter(*in_float64(*inputs), backend="reference"),
+        rounded=linear_scatter(*inputs, backend="reference"),
+    )
+
+
 def test_slices_are_read_and_written_in_place(backend, device):
     wide = randn(2, 40, 3, 24, device=device)
     before = wide.clone()
     rows = randn(2, 11, 2, 32, device=device)[:, :, 1, 3:19]
     weight = randn(24, 2, 16, device=device)[:, 1]
     gate = randn(2, 48, device=device)[:, 24:]
+    features = randn(2, 39, 16, device=device)[:, 1:38, 8:]
     indices = random_indices(2, 37, 11, device=device)
+    inputs = {"gate": gate, "features": features}
+    rows = rows[..., 8:]
 
-    linear_scatter_(wide[:, 1:38, 1], indices, rows, weight, gate=gate, backend=backend)
+    linear_scatter_(wide[:, 1:38, 1], indices, rows, weight, **inputs, backend=backend)
 
     wanted = before.clone()
-    linear_scatter_(wanted[:, 1:38, 1], indices, rows, weight, gate=gate, backend="reference")
+    linear_scatter_(wanted[:, 1:38, 1], indices, rows, weight, **inputs, backend="reference")
     torch.testing.assert_close(wide, wanted)
     torch.testing.assert_close(wide[:, :, [0, 2]], before[:, :, [0, 2]], rtol=0, atol=0)
     out = linear(wide[:, :, 1], weight[:, :1].expand(24, 24).contiguous(), backend=backend)
@@ -150,6 +192,8 @@ def test_an_index_outside_the_tokens_touches_no_memory(backend, device):
     weight, bias = make_layer(16, 8, torch.float32, device)
 
     linear_scatter_(cache, wild, x, weight, bias, residual=True, backend=backend)
+    features = randn(1, 5, 12, device=device)
+    linear_scatter_(cache, wild, x[..., 12:], weight, bias, features=features, backend=backend)
 
     torch.testing.assert_close(cache, before, rtol=0, atol=0)
 

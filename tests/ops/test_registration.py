@@ -18,6 +18,7 @@ def inputs(op):
     shift, scale = randn(B, D, seed=3), randn(B, D, seed=4)
     weight, bias = randn(D, D, seed=5), randn(D, seed=6)
     fc1, fc2 = randn(M, D, seed=7), randn(D, M, seed=8)
+    wide_weight = randn(D, 2 * D, seed=9)
     query, key = randn(B, S, H, E), randn(B, N, H, E)
     positions = ops.invert_indices(indices, N, backend="reference")
     staleness = torch.zeros(3, B, N, dtype=torch.int32)
@@ -37,8 +38,8 @@ def inputs(op):
         "row_pass_": (x, branches, gates, indices, positions, shift, scale, 1e-6),
         "row_pass": (x, branches, gates, indices, positions, shift, scale, 1e-6),
         "linear": (rows, weight, bias, "gelu", None),
-        "linear_scatter_": (cache, indices, rows, weight, bias, None, False),
-        "linear_scatter": (cache, indices, rows, weight, bias, shift, True),
+        "linear_scatter_": (cache, indices, rows, weight, bias, None, False, None),
+        "linear_scatter": (cache, indices, rows, wide_weight, bias, shift, True, x),
         "mlp_": (cache, x, indices, shift, scale, fc1, None, fc2, bias, "silu", 1e-6),
         "mlp": (cache, x, indices, shift, scale, fc1, None, fc2, bias, "silu", 1e-6),
         "attention": (query, key, key.clone(), None, 0.3),

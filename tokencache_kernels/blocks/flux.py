@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor, nn
 
 from .. import ops
@@ -89,22 +88,19 @@ class ParallelLayer:
     def recompute_(
         self, cache: Tensor, stream: ResidualStream, indices: Tensor, positions: Tensor
     ) -> None:
-        """The tokens at ``indices``, in five launches; see ``SubLayer``."""
+        """The tokens at ``indices``, in three launches; see ``SubLayer``."""
         packed = stream.take_rows(indices, positions, self.modulation)
-        attended = ops.gather_rows(self.attend(), indices, backend=self.backend)
+        backend = self.backend
         if self.fc1 is None or self.fc2 is None:
+            attended = ops.gather_rows(self.attend(), indices, backend=backend)
             rows = self.module(packed, attended)
-            ops.scatter_rows_(cache, indices, rows, backend=self.backend)
+            ops.scatter_rows_(cache, indices, rows, backend=backend)
             return
+        fc1, fc2 = self.fc1, self.fc2
         hidden = ops.linear(
-            packed,
-            self.fc1.weight,
-            self.fc1.bias,
-            activation=self.activation,
-            backend=self.backend,
+            packed, fc1.weight, fc1.bias, activation=self.activation, backend=backend
         )
         # one product over both, as in a full step: two would round their sum in between
-        rows = torch.cat([attended, hidden], dim=-1)
         ops.linear_scatter_(
-            cache, indices, rows, self.fc2.weight, self.fc2.bias, backend=self.backend
+            cache, indices, hidden, fc2.weight, fc2.bias, features=self.attend(), backend=backend
         )

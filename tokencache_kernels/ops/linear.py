@@ -27,10 +27,11 @@ def _run_linear_scatter_(
     bias: Tensor | None,
     gate: Tensor | None,
     residual: bool,
+    features: Tensor | None,
     backend: str,
 ) -> None:
     launch = run("linear_scatter_", cache, backend)
-    launch(cache, indices, x, weight, bias, gate, residual)
+    launch(cache, indices, x, weight, bias, gate, residual, features)
 
 
 def _run_linear_scatter(cache: Tensor, *arguments: object) -> Tensor:
@@ -49,13 +50,13 @@ _linear = define(
 )
 _linear_scatter_ = define(
     "linear_scatter_(Tensor(a!) cache, Tensor indices, Tensor x, Tensor weight, Tensor? bias,"
-    " Tensor? gate, bool residual, str backend) -> ()",
+    " Tensor? gate, bool residual, Tensor? features, str backend) -> ()",
     _run_linear_scatter_,
     no_result,
 )
 _linear_scatter = define(
     "linear_scatter(Tensor cache, Tensor indices, Tensor x, Tensor weight, Tensor? bias,"
-    " Tensor? gate, bool residual, str backend) -> Tensor",
+    " Tensor? gate, bool residual, Tensor? features, str backend) -> Tensor",
     _run_linear_scatter,
     lambda cache, *_: cache.clone(),
 )
@@ -116,22 +117,26 @@ def linear_scatter_(
     *,
     gate: Tensor | None = None,
     residual: bool = False,
+    features: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Apply a linear layer to packed rows and store each result in its token's row of the cache.
 
     ``cache[b, indices[b, s]] = x[b, s] @ weight.T + bias``, times ``gate[b]`` if given, and added
-    to the row's old value with ``residual``. An empty slot writes nothing, and every other row
-    keeps its value.
+    to the row's old value with ``residual``. With ``features`` the product is that of
+    ``cat(features[b, indices[b, s]], x[b, s])``, which is never put together. An empty slot writes
+    nothing, and every other row keeps its value.
 
     Args:
         cache: (B, N, O), written in place; any float dtype; stride 1 along O.
         indices: (B, S) int32, unique per sample; see ``gather_rows``.
         x: (B, S, K) packed rows, dtype and device of ``cache``; stride 1 along K.
-        weight: (O, K), likewise.
+        weight: (O, K), or (O, F + K) with ``features``, likewise.
         bias: (O,), likewise, or None.
         gate: (B, O), likewise, or None.
         residual: whether to add to the old value instead of replacing it.
+        features: (B, N, F), features of all tokens that come before ``x``, likewise, or None; they
+            share no memory with ``cache``.
         backend: see ``linear``.
 
     Returns:
@@ -142,14 +147,15 @@ def linear_scatter_(
 
     Source:
         The cached tensor is the sub-layer's output before the gate (ToCa, arXiv:2410.05317), so
-        ``gate`` and ``residual`` stay off there.
+        ``gate`` and ``residual`` stay off there. ``features`` are the cached attention in front of
+        the MLP in a single block of FLUX.
     """
-    _check_linear_scatter("linear_scatter_", cache, indices, x, weight, bias, gate)
+    _check_linear_scatter("linear_scatter_", cache, indices, x, weight, bias, gate, features)
     if backend == "reference":
-        reference.linear_scatter_(cache, indices, x, weight, bias, gate, residual)
+        reference.linear_scatter_(cache, indices, x, weight, bias, gate, residual, features)
         return cache
-    expect_no_grad("linear_scatter_", cache, x, weight, bias, gate)
-    _linear_scatter_(cache, indices, x, weight, bias, gate, residual, backend)
+    expect_no_grad("linear_scatter_", cache, x, weight, bias, gate, features)
+    _linear_scatter_(cache, indices, x, weight, bias, gate, residual, features, backend)
     return cache
 
 
@@ -162,16 +168,17 @@ def linear_scatter(
     *,
     gate: Tensor | None = None,
     residual: bool = False,
+    features: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Like ``linear_scatter_``, into a new tensor; ``cache`` keeps its value."""
-    _check_linear_scatter("linear_scatter", cache, indices, x, weight, bias, gate)
+    _check_linear_scatter("linear_scatter", cache, indices, x, weight, bias, gate, features)
     if backend == "reference":
         out = cache.clone()
-        reference.linear_scatter_(out, indices, x, weight, bias, gate, residual)
+        reference.linear_scatter_(out, indices, x, weight, bias, gate, residual, features)
         return out
-    expect_no_grad("linear_scatter", cache, x, weight, bias, gate)
-    out = _linear_scatter(cache, indices, x, weight, bias, gate, residual, backend)
+    expect_no_grad("linear_scatter", cache, x, weight, bias, gate, features)
+    out = _linear_scatter(cache, indices, x, weight, bias, gate, residual, features, backend)
     return out
 
 
@@ -183,12 +190,18 @@ def _check_linear_scatter(
     weight: Tensor,
     bias: Tensor | None,
     gate: Tensor | None,
+    features: Tensor | None,
 ) -> None:
     expect(op, "cache", cache, (None, None, None), "(B, N, O)")
     expect_indices(op, indices, cache)
-    B, _, O = cache.shape  # noqa: E741
+    B, N, O = cache.shape  # noqa: E741
     expect(op, "x", x, (*indices.shape, None), "(B, S, K)", like=cache)
-    expect(op, "weight", weight, (O, x.shape[2]), "(O, K)", like=cache)
+    if features is None:
+        expect(op, "weight", weight, (O, x.shape[2]), "(O, K)", like=cache)
+    else:
+        expect(op, "features", features, (B, N, None), "(B, N, F)", like=cache)
+        columns = features.shape[2] + x.shape[2]
+        expect(op, "weight", weight, (O, columns), "(O, F + K)", like=cache)
     if bias is not None:
         expect(op, "bias", bias, (O,), "(O,)", like=cache)
     if gate is not None:

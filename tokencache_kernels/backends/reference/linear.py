@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -31,8 +32,14 @@ def linear_scatter_(
     bias: Tensor | None,
     gate: Tensor | None,
     residual: bool,
+    features: Tensor | None = None,
 ) -> None:
-    """cache[b, indices[b, s]] = [its old value +] [gate[b] *] (x[b, s] @ weight.T + bias)."""
+    """cache[b, indices[b, s]] = [its old value +] [gate[b] *] (row[b, s] @ weight.T + bias).
+
+    row = x, or with features, those of the token and then x.
+    """
+    if features is not None:
+        x = torch.cat([gather_rows(features, indices), x], dim=-1)
     rows = F.linear(x, weight, bias)
     if gate is not None:
         rows = gate[:, None] * rows

@@ -163,14 +163,12 @@ def weight_rows_at(
 
 
 @triton.jit
-def multiply_rows(
-    x_rows, weight_rows, k_begin, k_end,
-    D_IN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """sum_k x_rows[m][k] * weight_rows[n][k], k_begin <= k < k_end; rows are pointers."""
+def add_products(total, x_rows, weight_rows, begin, end, D_IN: tl.constexpr, BLOCK_K: tl.constexpr):
+    """total + sum_k x_rows[m][k] * weight_rows[n][k] over the steps of BLOCK_K columns in
+    [begin, end); rows are pointers.
+    """
     offs_k = tl.arange(0, BLOCK_K)
-    total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for k in range(k_begin, k_end, BLOCK_K):
+    for k in range(begin * BLOCK_K, end * BLOCK_K, BLOCK_K):
         x_ptrs = x_rows[:, None] + (k + offs_k)[None, :]
         weight_ptrs = weight_rows[None, :] + (k + offs_k)[:, None]
         if D_IN % BLOCK_K == 0:
@@ -188,10 +186,50 @@ def multiply_rows(
 
 
 @triton.jit
-def multiply_part(
-    x_rows, weight_rows, partials_ptr, counters_ptr,
-    split_k,
+def multiply_rows(
+    x_rows, weight_rows,
     D_IN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """sum_k x_rows[m][k] * weight_rows[n][k]."""
+    total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    return add_products(total, x_rows, weight_rows, 0, tl.cdiv(D_IN, BLOCK_K), D_IN, BLOCK_K)
+
+
+@triton.jit
+def count_steps(D_FEATURES: tl.constexpr, D_IN: tl.constexpr, BLOCK_K: tl.constexpr):
+    """How many steps of BLOCK_K columns a row has: features, then x, each with steps of its own."""
+    return tl.cdiv(D_FEATURES, BLOCK_K) + tl.cdiv(D_IN, BLOCK_K)
+
+
+@triton.jit
+def multiply_steps(
+    feature_rows, x_rows, weight_rows, begin, end,
+    D_FEATURES: tl.constexpr, D_IN: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """The product over the steps in [begin, end) of rows that go on at x_rows after D_FEATURES
+    columns at feature_rows; where that is None they begin at x_rows.
+    """
+    total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    if feature_rows is not None:
+        steps = tl.cdiv(D_FEATURES, BLOCK_K)
+        total = add_products(
+            total, feature_rows, weight_rows,
+            tl.minimum(begin, steps), tl.minimum(end, steps),
+            D_FEATURES, BLOCK_K,
+        )  # fmt: skip
+        weight_rows += D_FEATURES
+        begin = tl.maximum(begin - steps, 0)
+        end = tl.maximum(end - steps, 0)
+    return add_products(total, x_rows, weight_rows, begin, end, D_IN, BLOCK_K)
+
+
+@triton.jit
+def multiply_part(
+    feature_rows, x_rows, weight_rows, partials_ptr, counters_ptr,
+    split_k,
+    D_FEATURES: tl.constexpr, D_IN: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Leave a part of the product in memory, and return whether all parts of the tile are there.
 
@@ -199,10 +237,14 @@ def multiply_part(
     launch.
     """
     tile = tl.program_id(0)
-    steps = tl.cdiv(tl.cdiv(D_IN, BLOCK_K), split_k)
-    k_begin = tl.program_id(1) * steps * BLOCK_K
-    k_end = tl.minimum(k_begin + steps * BLOCK_K, D_IN)
-    part = multiply_rows(x_rows, weight_rows, k_begin, k_end, D_IN, BLOCK_M, BLOCK_N, BLOCK_K)
+    num_steps = count_steps(D_FEATURES, D_IN, BLOCK_K)
+    steps = tl.cdiv(num_steps, split_k)
+    begin = tl.program_id(1) * steps
+    end = tl.minimum(begin + steps, num_steps)
+    part = multiply_steps(
+        feature_rows, x_rows, weight_rows, begin, end,
+        D_FEATURES, D_IN, BLOCK_M, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
     place = (tl.program_id(1) * tl.num_programs(0) + tile).to(tl.int64) * BLOCK_M * BLOCK_N
     offsets = tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
     tl.store(partials_ptr + place + offsets, part)

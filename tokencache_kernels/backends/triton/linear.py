@@ -21,10 +21,12 @@ from torch import Tensor
 from ._device import await_previous
 from ._gemm import (
     GemmSetting,
+    count_steps,
     gemm_heuristic,
     gemm_settings,
     multiply_part,
     multiply_rows,
+    multiply_steps,
     split_buffers,
     store_activated,
     store_scattered,
@@ -41,7 +43,7 @@ from ._launch import (
     device_of,
     early_start,
 )
-from .rows import scatter_rows_
+from .rows import gather_rows, scatter_rows_
 
 
 @triton.jit(do_not_specialize=["M", "N", "S", "split_k"])
@@ -78,11 +80,11 @@ def _linear_kernel(
     weight_rows = weight_rows_at(weight_ptr, first_col, stride_w, D_OUT, BLOCK_N)
     if partials_ptr is None:
         is_complete = True
-        total = multiply_rows(x_rows, weight_rows, 0, D_IN, D_IN, BLOCK_M, BLOCK_N, BLOCK_K)
+        total = multiply_rows(x_rows, weight_rows, D_IN, BLOCK_M, BLOCK_N, BLOCK_K)
     else:
         is_complete = multiply_part(
-            x_rows, weight_rows, partials_ptr, counters_ptr,
-            split_k, D_IN, BLOCK_M, BLOCK_N, BLOCK_K,
+            None, x_rows, weight_rows, partials_ptr, counters_ptr,
+            split_k, 0, D_IN, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
     if is_complete:
         if partials_ptr is not None:
@@ -125,14 +127,20 @@ def linear(
 
 @triton.jit(do_not_specialize=["M", "N", "S", "split_k"])
 def _linear_scatter_kernel(
-    x_ptr, weight_ptr, bias_ptr, gate_ptr, indices_ptr, cache_ptr, partials_ptr, counters_ptr,
+    features_ptr, x_ptr, weight_ptr, bias_ptr, gate_ptr, indices_ptr, cache_ptr,
+    partials_ptr, counters_ptr,
     M, N, S, split_k,
-    stride_gb, stride_cb, stride_xn: tl.constexpr, stride_w: tl.constexpr, stride_cn: tl.constexpr,
-    D_IN: tl.constexpr, D_OUT: tl.constexpr, RESIDUAL: tl.constexpr,
+    stride_fb, stride_gb, stride_cb,
+    stride_fn: tl.constexpr, stride_xn: tl.constexpr, stride_w: tl.constexpr,
+    stride_cn: tl.constexpr,
+    D_FEATURES: tl.constexpr, D_IN: tl.constexpr, D_OUT: tl.constexpr, RESIDUAL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     STARTS_EARLY: tl.constexpr,
 ):  # fmt: skip
-    """cache[b, indices[b, s]] = [old value +] [gate[b] *] (x[b * S + s] @ weight.T + bias)."""
+    """cache[b, indices[b, s]] = [old value +] [gate[b] *] (row[b * S + s] @ weight.T + bias).
+
+    row[m] = x[m], or with features, m = b * S + s, those at indices[b, s] and then x[m].
+    """
     if STARTS_EARLY:
         await_previous()
     tile_m, tile_n = tile_at(
@@ -140,16 +148,26 @@ def _linear_scatter_kernel(
     )
     rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     first_col = tile_n * BLOCK_N
-    x_rows = x_ptr + tl.minimum(rows, M - 1).to(tl.int64) * stride_xn
+    # a row that does not exist or is empty reads one that does: no mask in the loop
+    row = tl.minimum(rows, M - 1)
+    x_rows = x_ptr + row.to(tl.int64) * stride_xn
+    feature_rows = None
+    if features_ptr is not None:
+        token = tl.load(indices_ptr + row)
+        token = tl.where((token >= 0) & (token < N), token, 0).to(tl.int64)
+        feature_rows = features_ptr + (row // S).to(tl.int64) * stride_fb + token * stride_fn
 
     weight_rows = weight_rows_at(weight_ptr, first_col, stride_w, D_OUT, BLOCK_N)
     if partials_ptr is None:
         is_complete = True
-        total = multiply_rows(x_rows, weight_rows, 0, D_IN, D_IN, BLOCK_M, BLOCK_N, BLOCK_K)
+        total = multiply_steps(
+            feature_rows, x_rows, weight_rows, 0, count_steps(D_FEATURES, D_IN, BLOCK_K),
+            D_FEATURES, D_IN, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
     else:
         is_complete = multiply_part(
-            x_rows, weight_rows, partials_ptr, counters_ptr,
-            split_k, D_IN, BLOCK_M, BLOCK_N, BLOCK_K,
+            feature_rows, x_rows, weight_rows, partials_ptr, counters_ptr,
+            split_k, D_FEATURES, D_IN, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
     if is_complete:
         if partials_ptr is not None:
@@ -168,28 +186,38 @@ def linear_scatter_(
     bias: Tensor | None,
     gate: Tensor | None,
     residual: bool,
+    features: Tensor | None = None,
 ) -> None:
     """Launch ``_linear_scatter_kernel``."""
-    D_out, D_in = weight.shape
+    D_out = weight.shape[0]
     B, S = indices.shape
     M = B * S
     if M * D_out == 0:
         return
-    rows = x.reshape(M, D_in)
+    device = device_of(x.device)
+    if features is not None and device.arch < 90:
+        # two kinds of rows do not fit in the registers beside the larger tiles there
+        x = torch.cat([gather_rows(features, indices), x], dim=-1)
+        features = None
+    rows = x.reshape(M, x.shape[2])
     setting = _choose("linear_scatter_", x, M, weight)
-    if setting.in_library and gate is None and not residual:
+    if setting.in_library and gate is None and not residual and features is None:
         scatter_rows_(cache, indices, F.linear(x, weight, bias))
         return
     num_tiles = setting.num_tiles(M, D_out)
     partials, counters = split_buffers(setting, num_tiles, x.device)
     _linear_scatter_kernel[num_tiles, setting.split_k](
-        rows, weight, bias, gate, indices.contiguous(), cache, partials, counters,
+        features, rows, weight, bias, gate, indices.contiguous(), cache,
+        partials, counters,
         M, cache.shape[1], S, setting.split_k,
-        0 if gate is None else gate.stride(0), cache.stride(0),
-        rows.stride(0), weight.stride(0), cache.stride(1),
-        D_IN=D_in, D_OUT=D_out, RESIDUAL=residual,
+        0 if features is None else features.stride(0), 0 if gate is None else gate.stride(0),
+        cache.stride(0),
+        0 if features is None else features.stride(1), rows.stride(0), weight.stride(0),
+        cache.stride(1),
+        D_FEATURES=0 if features is None else features.shape[2], D_IN=x.shape[2], D_OUT=D_out,
+        RESIDUAL=residual,
         **setting.constants(), num_warps=setting.num_warps, num_stages=setting.num_stages,
-        **early_start(device_of(x.device)),
+        **early_start(device),
     )  # fmt: skip
 
 
@@ -240,6 +268,8 @@ def compile_cases(device: Device) -> Iterator[CompileCase]:
                 yield _linear_case(setting, dtype, activation, gathers)
             for is_gated, residual in scatter_variants:
                 yield _linear_scatter_case(setting, dtype, is_gated, residual)
+            if device.arch >= 90:
+                yield _linear_scatter_case(setting, dtype, has_features=True)
     if device.arch >= 90:
         for setting in gemm_settings(device, 2, _COMPILED_D_OUT, _COMPILED_D_IN):
             if setting.split_k <= 2:
@@ -274,20 +304,28 @@ def _linear_scatter_case(
     dtype: str,
     is_gated: bool = False,
     residual: bool = False,
+    has_features: bool = False,
     starts_early: bool = False,
 ) -> CompileCase:
     return _compile_case(
         _linear_scatter_kernel,
-        dtype + " gate" * is_gated + " residual" * residual + " early" * starts_early,
+        dtype
+        + " gate" * is_gated
+        + " residual" * residual
+        + " features" * has_features
+        + " early" * starts_early,
         setting,
         dtype,
         pointers={
+            "features_ptr": dtype if has_features else None,
             "gate_ptr": dtype if is_gated else None,
             "indices_ptr": "i32",
             "cache_ptr": dtype,
         },
-        strides=("stride_gb", "stride_cb"),
+        strides=("stride_fb", "stride_gb", "stride_cb"),
         constexprs={
+            "D_FEATURES": _COMPILED_D_OUT * has_features,
+            "stride_fn": _COMPILED_D_OUT,
             "stride_cn": _COMPILED_D_OUT,
             "RESIDUAL": residual,
             "STARTS_EARLY": starts_early,

@@ -119,7 +119,7 @@ def _mlp_kernel(
         total = multiply_rows(
             rows_ptr + tl.minimum(rows, M - 1).to(tl.int64) * D,
             weight_rows_at(fc1_weight_ptr, tile_n * BLOCK_N, stride_w1, D_HIDDEN, BLOCK_N),
-            0, D, D, BLOCK_M, BLOCK_N, BLOCK_K,
+            D, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
         store_activated(
             total, fc1_bias_ptr, hidden_ptr, rows, tile_n * BLOCK_N, M, D_HIDDEN, ACTIVATION
@@ -135,7 +135,7 @@ def _mlp_kernel(
         total = multiply_rows(
             hidden_ptr + tl.minimum(rows, M - 1).to(tl.int64) * D_HIDDEN,
             weight_rows_at(fc2_weight_ptr, tile_n * BLOCK_N, stride_w2, D, BLOCK_N),
-            0, D_HIDDEN, D_HIDDEN, BLOCK_M, BLOCK_N, BLOCK_K,
+            D_HIDDEN, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
         store_scattered(
             total, fc2_bias_ptr, None, indices_ptr, cache_ptr, rows, tile_n * BLOCK_N,

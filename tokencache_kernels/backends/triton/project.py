@@ -171,11 +171,11 @@ def _project_qkv_kernel(
     weight_rows = weight_ptr + tl.minimum(cols, D_OUT - 1).to(tl.int64) * stride_w
     if partials_ptr is None:
         is_complete = True
-        total = multiply_rows(x_rows, weight_rows, 0, D_IN, D_IN, BLOCK_M, BLOCK_N, BLOCK_K)
+        total = multiply_rows(x_rows, weight_rows, D_IN, BLOCK_M, BLOCK_N, BLOCK_K)
     else:
         is_complete = multiply_part(
-            x_rows, weight_rows, partials_ptr, counters_ptr,
-            split_k, D_IN, BLOCK_M, BLOCK_N, BLOCK_K,
+            None, x_rows, weight_rows, partials_ptr, counters_ptr,
+            split_k, 0, D_IN, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
     if is_complete:
         if partials_ptr is not None:
