@@ -61,8 +61,8 @@ STRUCTURES = {
         (c_int32, "normalize"),
         (c_int64, "grid_height grid_width tile"),
         (c_float, "bonus"),
-        (c_void_p, "scores num_fresh staleness indices positions"),
-        (c_int64, "stride_staleness_l stride_staleness_b"),
+        (c_void_p, "scores num_fresh staleness indices positions workspace"),
+        (c_int64, "stride_staleness_l stride_staleness_b workspace_bytes"),
     ),
 }
 

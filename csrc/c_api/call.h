@@ -66,7 +66,7 @@ class Call {
 
   const char* op_;
   const CudaLaunches* cuda_ = nullptr;
-  View written_[3];
+  View written_[4];
   int num_written_ = 0;
 };
 

@@ -22,6 +22,9 @@ struct CudaLaunches {
   CudaAnswer (*gather_modulate)(const ModulateParams& p, void* stream);
   CudaAnswer (*row_pass)(const AddBranchesParams& sum, const ModulateParams& modulate,
                          const int32_t* positions, void* stream);
+  int64_t (*select_workspace_bytes)(const SelectParams& p);
+  CudaAnswer (*select_tokens)(const SelectParams& p, void* workspace, void* stream);
+  CudaAnswer (*invert_indices)(const InvertIndicesParams& p, void* stream);
   CudaAnswer (*blend)(const BlendParams& p, void* stream);
 };
 

@@ -4,6 +4,7 @@
 #include "cuda/blend.h"
 #include "cuda/modulate.h"
 #include "cuda/rows.h"
+#include "cuda/select.h"
 
 // libtokencache_cuda: see c_api/cuda.h. The arguments were checked on the other side.
 namespace tokencache::c_api {
@@ -54,5 +55,8 @@ extern const CudaLaunches tokencache_cuda_launches = {
     .gather_modulate = run_on<gather_modulate_cuda, const ModulateParams&>,
     .row_pass =
         run_on<row_pass_cuda, const AddBranchesParams&, const ModulateParams&, const int32_t*>,
+    .select_workspace_bytes = select_workspace_bytes,
+    .select_tokens = run_on<select_tokens_cuda, const SelectParams&, void*>,
+    .invert_indices = run_on<invert_indices_cuda, const InvertIndicesParams&>,
     .blend = run_on<blend_cuda, const BlendParams&>,
 };

@@ -18,6 +18,7 @@
  * a call's structs and its array of branches lie in host memory and may go when it returns. Beside
  * the rules above
  *   - B * (N + S) is at most 2^31 - 1, and D at most 24576 where rows are normalised;
+ *   - N is at most 2^30 where tokens are selected;
  *   - FLOAT64 is for moving rows only, which has no limits either.
  * A call with an empty problem tells whether there is a device, a driver and this library's CUDA
  * half, which is loaded by the first call; the first call of each op loads its kernels.
@@ -205,9 +206,16 @@ typedef struct tokencache_select_tokens_args {
   int32_t* staleness;       /* [L, B, N], updated */
   int32_t* indices;         /* [P, L, B, max_fresh], contiguous: ascending, filled up with -1 */
   int32_t* positions;       /* [P, L, B, N], contiguous: the slot of each token, or -1 */
+  void* workspace;          /* on CUDA, memory of the device, aligned to 8 bytes; see below */
 
   int64_t stride_staleness_l, stride_staleness_b;
+  int64_t workspace_bytes;
 } tokencache_select_tokens_args;
+
+/* How many bytes of workspace these arguments need: none on the CPU, nor where N is small. Until
+ * the stream has come by, no other call may work in them. */
+TOKENCACHE_API tokencache_status tokencache_select_tokens_workspace(
+    const tokencache_select_tokens_args* args, tokencache_device device, int64_t* bytes);
 
 TOKENCACHE_API tokencache_status tokencache_select_tokens(const tokencache_select_tokens_args* args,
                                                           tokencache_device device, void* stream);
