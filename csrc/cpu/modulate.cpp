@@ -11,69 +11,73 @@ namespace tokencache::TOKENCACHE_ISA {
 namespace {
 
 // out = x + [gate *] branch; out may be x.
-template <class W>
-void add_row(W* out, const W* x, const W* branch, const W* gate, int64_t n) {
-  if (gate == nullptr) {
-#pragma omp simd
-    for (int64_t d = 0; d < n; ++d) out[d] = x[d] + branch[d];
-  } else {
-#pragma omp simd
-    for (int64_t d = 0; d < n; ++d) out[d] = x[d] + gate[d] * branch[d];
+template <class X, class T, class Out>
+void add_row(const X* x, const T* branch, const T* gate, Out* out, int64_t n) {
+  for (int64_t d = 0; d < n; d += kLanes<Work<T>>) {
+    auto term = load_some(branch + d, n - d);
+    if (gate != nullptr) term *= load_some(gate + d, n - d);
+    store_some(out + d, load_some(x + d, n - d) + term, n - d);
   }
 }
 
 template <class T>
 void add_branches(const AddBranchesParams& p, int64_t begin, int64_t end) {
   using W = Work<T>;
-  Rows<W> scratch(3, p.D);  // a sum, what is added to it, a factor
+  Rows<W> sums(1, p.D);  // rounded only after the last branch
+  W* sum = sums[0];
   for (int64_t row = begin; row < end; ++row) {
     const int64_t b = row / p.N, n = row % p.N;
-    T* out = static_cast<T*>(p.out) + b * p.stride_out_b + n * p.stride_out_n;
-    W* sum = place_row(out, scratch[0]);
     const T* x = row_of<T>(p.x, b * p.stride_x_b + n * p.stride_x_n);
-    const W* so_far = read_row(x, scratch[0], p.D);
+    T* out = static_cast<T*>(p.out) + b * p.stride_out_b + n * p.stride_out_n;
+    if (p.num_branches == 0) std::memmove(out, x, p.D * sizeof(T));
     for (int64_t j = 0; j < p.num_branches; ++j) {
       const BranchParams& one = p.branches[j];
       const T* branch = row_of<T>(one.branch, b * one.stride_branch_b + n * one.stride_branch_n);
-      const T* gate = row_of<T>(one.gate, b * one.stride_gate_b);
-      const W* factor = one.gate ? read_row(gate, scratch[2], p.D) : nullptr;
-      add_row(sum, so_far, read_row(branch, scratch[1], p.D), factor, p.D);
-      so_far = sum;
+      const T* gate = one.gate ? row_of<T>(one.gate, b * one.stride_gate_b) : nullptr;
+      const auto add_to = [&](const auto* so_far) {
+        if (j + 1 < p.num_branches) {
+          add_row(so_far, branch, gate, sum, p.D);
+        } else {
+          add_row(so_far, branch, gate, out, p.D);
+        }
+      };
+      j == 0 ? add_to(x) : add_to(sum);
     }
-    if (so_far != sum) std::memmove(sum, so_far, p.D * sizeof(W));
-    store_row(sum, out, p.D);
   }
 }
 
 template <class T>
 void gather_modulate(const ModulateParams& p, int64_t begin, int64_t end) {
   using W = Work<T>;
-  Rows<W> scratch(3, p.D);  // a sum, what is added to it, a factor
+  const int64_t D = p.D;
   for (int64_t row = begin; row < end; ++row) {
     const int64_t b = row / p.S;
-    T* packed = static_cast<T*>(p.packed) + row * p.D;
+    T* packed = static_cast<T*>(p.packed) + row * D;
     const int64_t token = p.indices[b * p.stride_indices_b + row % p.S];
     if (token < 0 || token >= p.N) {
-      std::memset(packed, 0, p.D * sizeof(T));
+      std::memset(packed, 0, D * sizeof(T));
       continue;
     }
-    const W* x = read_row(row_of<T>(p.x, b * p.stride_x_b + token * p.stride_x_n), scratch[0], p.D);
-    const W* shift = read_row(row_of<T>(p.shift, b * p.stride_shift_b), scratch[1], p.D);
-    const W* scale = read_row(row_of<T>(p.scale, b * p.stride_scale_b), scratch[2], p.D);
-    W* out = place_row(packed, scratch[0]);
+    const T* x = row_of<T>(p.x, b * p.stride_x_b + token * p.stride_x_n);
+    const T* shift = row_of<T>(p.shift, b * p.stride_shift_b);
+    const T* scale = row_of<T>(p.scale, b * p.stride_scale_b);
 
-    W total = 0;
-#pragma omp simd reduction(+ : total)
-    for (int64_t d = 0; d < p.D; ++d) total += x[d];
-    const W mean = total / static_cast<W>(p.D);
-    W squares = 0;
-#pragma omp simd reduction(+ : squares)
-    for (int64_t d = 0; d < p.D; ++d) squares += (x[d] - mean) * (x[d] - mean);
-    const W variance = squares / static_cast<W>(p.D) + static_cast<W>(p.eps);
+    Vector<W> total = {};
+    for (int64_t d = 0; d < D; d += kLanes<W>) total += load_some(x + d, D - d);
+    const W mean = sum_lanes<W>(total) / static_cast<W>(D);
+    Vector<W> squares = {};
+    for (int64_t d = 0; d < D; d += kLanes<W>) {
+      // behind the row there is nothing to centre
+      const Vector<W> centred = first_lanes<W>(load_some(x + d, D - d) - mean, D - d);
+      squares += centred * centred;
+    }
+    const W variance = sum_lanes<W>(squares) / static_cast<W>(D) + static_cast<W>(p.eps);
     const W rstd = W{1} / static_cast<W>(__builtin_sqrt(variance));
-#pragma omp simd
-    for (int64_t d = 0; d < p.D; ++d) out[d] = (x[d] - mean) * rstd * (W{1} + scale[d]) + shift[d];
-    store_row(out, packed, p.D);
+    for (int64_t d = 0; d < D; d += kLanes<W>) {
+      const Vector<W> normal = (load_some(x + d, D - d) - mean) * rstd;
+      const Vector<W> factor = W{1} + load_some(scale + d, D - d);
+      store_some(packed + d, normal * factor + load_some(shift + d, D - d), D - d);
+    }
   }
 }
 

@@ -2,16 +2,18 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #if defined(__F16C__)
 #include <immintrin.h>
 #endif
 
+#include "cpu/simd.h"
 #include "params.h"
 
-// Rows in any element type as rows of the type that the work is done in: float32, and float64 for
-// float64. Compiled once for every instruction set, hence no inline function of a library here: the
-// linker would keep one of the copies for all.
+// Elements of any type as vectors, and rows, of the type that the work is done in: float32, and
+// float64 for float64. Compiled once for every instruction set, hence no inline function of a
+// library here: the linker would keep one of the copies for all.
 namespace tokencache::TOKENCACHE_ISA {
 
 struct Float16 {
@@ -39,53 +41,103 @@ struct WorkOf<double> {
 template <class T>
 using Work = typename WorkOf<T>::Type;
 
-inline float widen(Bfloat16 x) {
-  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
-  float out;
-  std::memcpy(&out, &bits, sizeof out);
-  return out;
-}
+// As many elements as a vector of what they are worked in has lanes, in their own type. The
+// compiler knows their conversions, but not the instructions for 16 bits: these are named.
+template <class T>
+struct RawOf {
+  using Element = std::conditional_t<sizeof(T) == 2, uint16_t, T>;
+  typedef Element Type __attribute__((vector_size(kLanes<Work<T>> * sizeof(T))));
+};
+template <class T>
+using Raw = typename RawOf<T>::Type;
 
-inline Bfloat16 round_to_bfloat16(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  // to nearest, ties to even; a NaN stays one
-  const uint32_t rounded = bits + 0x7FFF + ((bits >> 16) & 1);
-  return {static_cast<uint16_t>((x == x ? rounded : bits | 0x400000) >> 16)};
-}
-
-inline void widen_row(const Bfloat16* x, float* out, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) out[i] = widen(x[i]);
-}
-inline void widen_row(const Float16* x, float* out, int64_t n) {
-  int64_t i = 0;
-#if defined(__F16C__)
-  for (; i + 8 <= n; i += 8) {
-    const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(x + i));
-    _mm256_storeu_ps(out + i, _mm256_cvtph_ps(bits));
-  }
+inline Vector<double> widen(double, Raw<double> x) { return x; }
+inline Vector<float> widen(float, Raw<float> x) { return x; }
+inline Vector<float> widen(Bfloat16, Raw<Bfloat16> x) {
+#if defined(__AVX512F__)
+  const auto bits = (VectorBits<float>)_mm512_maskz_cvtepu16_epi32(-1, (__m256i)x);
+#elif defined(__AVX2__)
+  const auto bits = (VectorBits<float>)_mm256_cvtepu16_epi32((__m128i)x);
+#else
+  const auto bits = __builtin_convertvector(x, VectorBits<float>);
 #endif
-  for (; i < n; ++i) {
+  return (Vector<float>)(bits << 16);
+}
+inline Vector<float> widen(Float16, Raw<Float16> x) {
+#if defined(__AVX512F__)
+  return (Vector<float>)_mm512_maskz_cvtph_ps(-1, (__m256i)x);
+#elif defined(__F16C__)
+  return (Vector<float>)_mm256_cvtph_ps((__m128i)x);
+#else
+  Vector<float> out;
+  for (int i = 0; i < kLanes<float>; ++i) {
     _Float16 value;
-    std::memcpy(&value, x + i, sizeof value);
+    std::memcpy(&value, reinterpret_cast<const uint16_t*>(&x) + i, sizeof value);
     out[i] = static_cast<float>(value);
   }
+  return out;
+#endif
 }
 
-inline void round_row(const float* x, Bfloat16* out, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) out[i] = round_to_bfloat16(x[i]);
-}
-inline void round_row(const float* x, Float16* out, int64_t n) {
-  int64_t i = 0;
-#if defined(__F16C__)
-  for (; i + 8 <= n; i += 8) {
-    const __m128i bits = _mm256_cvtps_ph(_mm256_loadu_ps(x + i), _MM_FROUND_TO_NEAREST_INT);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i), bits);
-  }
+inline Raw<double> narrow(double, Vector<double> x) { return x; }
+inline Raw<float> narrow(float, Vector<float> x) { return x; }
+inline Raw<Bfloat16> narrow(Bfloat16, Vector<float> x) {
+  typedef uint32_t Bits __attribute__((vector_size(kVectorBytes)));
+  // to nearest, ties to even; a NaN stays one
+  const Bits bits = (Bits)x;
+  const Bits rounded = (x == x ? bits + 0x7FFF + ((bits >> 16) & 1) : bits | 0x400000) >> 16;
+#if defined(__AVX512F__)
+  return (Raw<Bfloat16>)_mm512_maskz_cvtepi32_epi16(-1, (__m512i)rounded);
+#elif defined(__AVX2__)
+  const auto lower = (__m128i)lanes_from<0>(rounded, std::make_integer_sequence<int, 4>{});
+  const auto upper = (__m128i)lanes_from<4>(rounded, std::make_integer_sequence<int, 4>{});
+  return (Raw<Bfloat16>)_mm_packus_epi32(lower, upper);
+#else
+  return __builtin_convertvector(rounded, Raw<Bfloat16>);
 #endif
-  for (; i < n; ++i) {
+}
+inline Raw<Float16> narrow(Float16, Vector<float> x) {
+#if defined(__AVX512F__)
+  return (Raw<Float16>)_mm512_maskz_cvtps_ph(-1, (__m512)x, _MM_FROUND_TO_NEAREST_INT);
+#elif defined(__F16C__)
+  return (Raw<Float16>)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT);
+#else
+  Raw<Float16> out;
+  for (int i = 0; i < kLanes<float>; ++i) {
     const auto value = static_cast<_Float16>(x[i]);
-    std::memcpy(out + i, &value, sizeof value);
+    std::memcpy(reinterpret_cast<uint16_t*>(&out) + i, &value, sizeof value);
+  }
+  return out;
+#endif
+}
+
+// The first elements of x, `count` or as many as a vector has lanes; behind them zeros.
+template <class T>
+Vector<Work<T>> load_some(const T* x, int64_t count) {
+  Raw<T> raw = {};
+  if (count >= kLanes<Work<T>>) {
+    std::memcpy(&raw, x, sizeof raw);
+  } else {
+#if defined(__AVX512F__)
+    const uint32_t mask = (uint32_t{1} << count) - 1;
+    if constexpr (sizeof(T) == 2) raw = (Raw<T>)_mm256_maskz_loadu_epi16(mask, x);
+    if constexpr (sizeof(T) == 4) raw = (Raw<T>)_mm512_maskz_loadu_epi32(mask, x);
+    if constexpr (sizeof(T) == 8) raw = (Raw<T>)_mm512_maskz_loadu_epi64(mask, x);
+#else
+    std::memcpy(&raw, x, count * sizeof(T));
+#endif
+  }
+  return widen(T{}, raw);
+}
+
+// Stores the first lanes, `count` or all, rounded.
+template <class T>
+void store_some(T* out, Vector<Work<T>> x, int64_t count) {
+  const Raw<T> raw = narrow(T{}, x);
+  if (count >= kLanes<Work<T>>) {
+    std::memcpy(out, &raw, sizeof raw);
+  } else {
+    std::memcpy(out, &raw, count * sizeof(T));
   }
 }
 
@@ -99,7 +151,8 @@ inline const double* read_row(const double* x, double*, int64_t) { return x; }
 inline const float* read_row(const float* x, float*, int64_t) { return x; }
 template <class T>
 const float* read_row(const T* x, float* scratch, int64_t n) {
-  widen_row(x, scratch, n);
+  for (int64_t i = 0; i < n; i += kLanes<float>)
+    store_some(scratch + i, load_some(x + i, n - i), n - i);
   return scratch;
 }
 
@@ -116,7 +169,8 @@ inline void store_row(const double*, double*, int64_t) {}
 inline void store_row(const float*, float*, int64_t) {}
 template <class T>
 void store_row(const float* x, T* out, int64_t n) {
-  round_row(x, out, n);
+  for (int64_t i = 0; i < n; i += kLanes<float>)
+    store_some(out + i, load_some(x + i, n - i), n - i);
 }
 
 // Calls f with a value of the element type.

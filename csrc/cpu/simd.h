@@ -2,6 +2,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 // Vectors as wide as the instruction set has them, by the compilers' vector extension, and the
 // functions that the loops over attention maps need. Compiled once for every instruction set.
@@ -62,19 +63,41 @@ Vector<W> splat(W x) {
   return x - Vector<W>{};
 }
 
-// In pairs, then pairs of pairs, ...: as exact as few summands.
+// The first `count` lanes of x, behind them zeros.
+template <class W>
+Vector<W> first_lanes(Vector<W> x, int64_t count) {
+  VectorBits<W> lane;
+  for (int i = 0; i < kLanes<W>; ++i) lane[i] = i;
+  return lane < static_cast<typename Traits<W>::Bits>(count) ? x : Vector<W>{};
+}
+
+// Lanes First, First + 1, ..., as many as the sequence has.
+template <int First, class V, int... i>
+auto lanes_from(V x, std::integer_sequence<int, i...>) {
+  using W = decltype(x[0] + x[0]);
+  typedef W Part __attribute__((vector_size(sizeof...(i) * sizeof(W))));
+  return Part{x[First + i]...};
+}
+
+// Combines the lower half of the lanes with the upper, then half of what came out, ...: a sum is as
+// exact as one of few.
+template <int Lanes, class V, class F>
+auto fold_lanes(V x, F combine) {
+  if constexpr (Lanes == 2) {
+    return combine(x[0], x[1]);
+  } else {
+    constexpr std::make_integer_sequence<int, Lanes / 2> kHalf;
+    const auto both = combine(lanes_from<0>(x, kHalf), lanes_from<Lanes / 2>(x, kHalf));
+    return fold_lanes<Lanes / 2>(both, combine);
+  }
+}
 template <class W>
 W sum_lanes(Vector<W> x) {
-  for (int half = kLanes<W> / 2; half > 0; half /= 2) {
-    for (int i = 0; i < half; ++i) x[i] += x[i + half];
-  }
-  return x[0];
+  return fold_lanes<kLanes<W>>(x, [](auto low, auto high) { return low + high; });
 }
 template <class W>
 W max_lanes(Vector<W> x) {
-  W best = x[0];
-  for (int i = 1; i < kLanes<W>; ++i) best = x[i] > best ? x[i] : best;
-  return best;
+  return fold_lanes<kLanes<W>>(x, [](auto low, auto high) { return low > high ? low : high; });
 }
 
 // 1 / k!

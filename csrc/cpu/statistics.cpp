@@ -97,19 +97,24 @@ void attention_entropy_of(const AttentionEntropyParams& p, int64_t begin, int64_
   }
 }
 
+template <class W>
+W root_of(W squares) {
+  return static_cast<W>(__builtin_sqrt(squares));
+}
+
 template <class T>
 void head_norms_of(const HeadNormsParams& p, int64_t begin, int64_t end) {
   using W = Work<T>;
-  Rows<W> scratch(1, p.E);
   for (int64_t row = begin; row < end; ++row) {
     const T* x = row_of<T>(p.x, row / p.N * p.stride_x_b + row % p.N * p.stride_x_n);
     W total = 0;
-    for (int64_t h = 0; h < p.H; ++h) {
-      const W* head = read_row(x + h * p.stride_x_h, scratch[0], p.E);
-      W squares = 0;
-#pragma omp simd reduction(+ : squares)
-      for (int64_t e = 0; e < p.E; ++e) squares += head[e] * head[e];
-      total += static_cast<W>(__builtin_sqrt(squares));
+    for (int64_t h = 0; h < p.H; ++h, x += p.stride_x_h) {
+      Vector<W> squares = {};
+      for (int64_t e = 0; e < p.E; e += kLanes<W>) {
+        const Vector<W> some = load_some(x + e, p.E - e);
+        squares += some * some;
+      }
+      total += root_of(sum_lanes<W>(squares));
     }
     static_cast<W*>(p.out)[row] = total / static_cast<W>(p.H);
   }
@@ -117,39 +122,42 @@ void head_norms_of(const HeadNormsParams& p, int64_t begin, int64_t end) {
 
 // The norm that a cosine is divided by: never zero.
 template <class W>
-W norm_of(W squares) {
-  const W norm = static_cast<W>(__builtin_sqrt(squares));
+W norm_of(Vector<W> squares) {
+  const W norm = root_of(sum_lanes<W>(squares));
   return norm < W(1e-8) ? W(1e-8) : norm;
+}
+
+template <class W>
+Vector<W> magnitude(Vector<W> x) {
+  return x < 0 ? -x : x;
 }
 
 template <class T>
 void token_change_of(const TokenChangeParams& p, int64_t begin, int64_t end) {
   using W = Work<T>;
-  Rows<W> scratch(2, p.D);
   for (int64_t row = begin; row < end; ++row) {
     const int64_t b = row / p.N, n = row % p.N;
     const T* new_row = row_of<T>(p.new_rows, b * p.stride_new_b + n * p.stride_new_n);
     const T* old_row = row_of<T>(p.old_rows, b * p.stride_old_b + n * p.stride_old_n);
-    const W* x = read_row(new_row, scratch[0], p.D);
-    const W* y = read_row(old_row, scratch[1], p.D);
     W* out = static_cast<W*>(p.out) + row;
     if (p.is_cosine) {
-      W product = 0, x_squares = 0, y_squares = 0;
-#pragma omp simd reduction(+ : product, x_squares, y_squares)
-      for (int64_t d = 0; d < p.D; ++d) {
-        product += x[d] * y[d];
-        x_squares += x[d] * x[d];
-        y_squares += y[d] * y[d];
+      Vector<W> product = {}, x_squares = {}, y_squares = {};
+      for (int64_t d = 0; d < p.D; d += kLanes<W>) {
+        const Vector<W> x = load_some(new_row + d, p.D - d), y = load_some(old_row + d, p.D - d);
+        product += x * y;
+        x_squares += x * x;
+        y_squares += y * y;
       }
-      *out = W{1} - product / (norm_of(x_squares) * norm_of(y_squares));
+      *out = W{1} - sum_lanes<W>(product) / (norm_of<W>(x_squares) * norm_of<W>(y_squares));
     } else {
-      W moved = 0, size = 0;
-#pragma omp simd reduction(+ : moved, size)
-      for (int64_t d = 0; d < p.D; ++d) {
-        moved += x[d] < y[d] ? y[d] - x[d] : x[d] - y[d];
-        size += y[d] < 0 ? -y[d] : y[d];
+      Vector<W> moved = {}, size = {};
+      for (int64_t d = 0; d < p.D; d += kLanes<W>) {
+        const Vector<W> x = load_some(new_row + d, p.D - d), y = load_some(old_row + d, p.D - d);
+        moved += magnitude<W>(x - y);
+        size += magnitude<W>(y);
       }
-      *out = moved / (size < W(1e-12) ? W(1e-12) : size);
+      const W whole = sum_lanes<W>(size);
+      *out = sum_lanes<W>(moved) / (whole < W(1e-12) ? W(1e-12) : whole);
     }
   }
 }
