@@ -331,13 +331,17 @@ def run_products(work: Work, multiply: Callable[..., Tensor]) -> Tensor:
 
 @dataclass(frozen=True)
 class Case:
-    """A model's layers of one shape; ``is_leading``: against every contender."""
+    """A model's layers of one shape.
+
+    ``is_leading``: against every contender; ``is_compiled``: also against what is compiled.
+    """
 
     shape: Shape
     dtype: torch.dtype
     device: torch.device
     selects: bool = True
     is_leading: bool = True
+    is_compiled: bool = False
 
     @property
     def key(self) -> Record:
@@ -415,10 +419,15 @@ def list_cases(device: torch.device, rehearse: bool) -> list[Case]:
             for shape in ON_CPU
             for dtype in (torch.bfloat16, torch.float32)
         ]
+    # compiling takes long, and all tokens are the same ones at each percentage
+    compiled = (*LEADING, *GRID[:: len(PERCENTAGES)])
     return [
-        Case(shape, torch.bfloat16, device, is_leading=shape in LEADING)
+        Case(
+            shape, torch.bfloat16, device,
+            is_leading=shape in LEADING, is_compiled=shape in compiled,
+        )
         for shape in (*LEADING, *GRID)
-    ]
+    ]  # fmt: skip
 
 
 def list_ways(case: Case) -> Iterator[Way]:
@@ -445,12 +454,12 @@ def list_ways(case: Case) -> Iterator[Way]:
         for backend in ("triton", "native"):
             if backends.unavailable(backend, "row_pass", case.device, case.dtype) is None:
                 yield Way(backend, _ready(run_ours, backend=backend), graph)
-        yield Way("library", partial(make_library_run, on_gpu), graph, is_baseline=True)
-        if on_gpu:
+        library = partial(make_library_run, case.is_compiled)
+        yield Way("library", library, graph, is_baseline=True)
+        if case.is_compiled:
             compiled = partial(compile_layer, run_published, select_and_recompute_)
             yield Way("eager", compiled, ("compiled",), is_baseline=True)
-    # compiling takes long, and all tokens are the same ones at each percentage
-    if on_gpu and (case.is_leading or case.shape in GRID[:: len(PERCENTAGES)]):
+    if case.is_compiled:
         compiled = partial(compile_layer, run_dense, compute_all_rows)
         yield Way("dense", compiled, ("compiled",), is_baseline=True, is_comparable=False)
 
