@@ -1,5 +1,6 @@
 """Records of measurements: JSON objects, one a line, that are only ever appended."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -54,7 +55,12 @@ def append_record(path: Path, record: Mapping[str, Any]) -> None:
 
 def read_records(path: Path) -> list[dict[str, Any]]:
     """All records of a file; none where it does not exist yet."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    records = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        # a line that was cut short when its process was killed
+        with contextlib.suppress(json.JSONDecodeError):
+            records.append(json.loads(line))
+    return records
 
 
 def is_same_run(record: dict[str, Any], facts: dict[str, Any]) -> bool:

@@ -50,7 +50,10 @@ class Journal:
     def enter(self, key: Record, **contender: str) -> None:
         """Say what is begun: a case, or one ``backend`` and ``mode`` of it."""
         begun = {"path": str(self.path), "record": {**key, **contender, **self.facts}}
-        self.at.write_text(json.dumps(begun))
+        # replaced as a whole: the process may be killed at any time
+        new = self.at.with_suffix(".new")
+        new.write_text(json.dumps(begun))
+        new.replace(self.at)
 
     def leave(self) -> None:
         """Say that it is finished."""
@@ -119,10 +122,16 @@ def expect_device(journal: Journal) -> None:
             raise SystemExit(LOST) from None
 
 
-def describe_error(error: Exception) -> str:
-    """The kind of error and its first lines: compilers and CUDA add pages."""
+def describe_error(error: BaseException) -> str:
+    """The kind of error and its first lines, and those of the one before: a failed capture has one.
+
+    Compilers and CUDA add pages.
+    """
     lines = [line for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {' '.join(lines[:4])}"[:600]
+    text = f"{type(error).__name__}: {' '.join(lines[:4])}"[:600]
+    return (
+        text if error.__context__ is None else f"{text}; after {describe_error(error.__context__)}"
+    )
 
 
 def describe(record: Record) -> str:

@@ -36,11 +36,12 @@ def run_stage(options: argparse.Namespace, deadline: float) -> int:
     """Try launch settings, problem after problem; those that win so far are always in the file."""
     # Triton reads TRITON_INTERPRET when it is imported
     from tokencache_kernels.backends.triton import tune
-    from tokencache_kernels.backends.triton._launch import device_of
+    from tokencache_kernels.backends.triton._launch import INTERPRETER, device_of
 
     facts = describe_run(options.device, options.commit, options.session)
     journal = Journal(options.out, "tune", {**facts, "rehearsal": options.rehearse})
-    device = device_of(options.device)
+    # whose problems are tiny
+    device = INTERPRETER if options.rehearse else device_of(options.device)
     measure = tune.measure_on_cpu if options.rehearse else tune.measure_on_gpu
 
     def try_settings(case: Case) -> Iterator[Record]:

@@ -173,6 +173,14 @@ def test_another_commit_is_measured_again(journal):
     assert [r["git"] for r in read_records(journal.path)] == [clean["git"], "two"]
 
 
+def test_a_line_cut_short_is_passed_over(journal):
+    journal.write({**GATHER, "runs": 1})
+    with journal.path.open("a") as file:
+        file.write('{"case": "gather')
+
+    assert [record["runs"] for record in read_records(journal.path)] == [1]
+
+
 def test_a_changed_tree_goes_on_within_its_session_alone(journal):
     facts = {**journal.facts, "dirty": True}
     stages.Journal(journal.path.parent, "stage", facts).write({**GATHER, "median_ms": 1})
@@ -192,13 +200,18 @@ def test_a_case_that_raises_is_recorded_and_the_next_is_measured(journal):
 
     def measure(case):
         if case.op.name == "gather_rows":
-            raise MemoryError("too large\n\nfor this machine")
+            try:
+                raise MemoryError("too large\n\nfor this machine")
+            finally:
+                raise RuntimeError("the capture failed")
         yield {**case.key, "runs": 1}
 
     stages.work_through(journal, todo, measure, soon())
 
     failed, measured = read_records(journal.path)
-    assert failed["error"] == "MemoryError: too large for this machine"
+    assert failed["error"] == (
+        "RuntimeError: the capture failed; after MemoryError: too large for this machine"
+    )
     assert measured["case"] == "scatter_rows_"
     assert not journal.at.exists()
 
