@@ -85,9 +85,11 @@ MODELS = {
         "make_flux", "flux-1-dev", 50, ("fora", "duca"), samples=3, seconds=250,
         is_compiled_whole=False, refresh_interval=6,
     ),
-    "dit-xl-256px": Model("make_dit", "dit-xl-ddim50", 50, ("fora", "duca", "l2c", "tokencache")),
+    "dit-xl-256px": Model(
+        "make_dit", "dit-xl-ddim50", 50, ("toca-unmixed", "fora", "duca", "l2c", "tokencache")
+    ),
     "pixart-alpha-256px": Model(
-        "make_pixart", "pixart-alpha", 20, ("fora", "duca"), precomputes=False
+        "make_pixart", "pixart-alpha", 20, ("toca-unmixed", "fora", "duca"), precomputes=False
     ),
 }  # fmt: skip
 # the most telling first: models with the batch that the network sees, and which contenders
@@ -197,7 +199,9 @@ class Case:
         num_layers, num_tokens = shape.stacks[0].num_layers, shape.output_tokens
         return {
             "dense": lambda: None,
-            "toca": lambda: ToCaConfig.preset(model.preset, **settings),
+            # as published, where a step may be full in the first block alone; and as we preset it
+            "toca": lambda: ToCaConfig.preset(model.preset, **settings, mixed_steps=True),
+            "toca-unmixed": lambda: ToCaConfig.preset(model.preset, **settings),
             "duca": lambda: DuCaConfig.preset(model.preset, **settings),
             "fora": lambda: fora(model.refresh_interval, model.num_steps),
             "l2c": lambda: make_router(model.num_steps, num_layers),

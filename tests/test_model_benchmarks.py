@@ -85,7 +85,8 @@ def test_a_rehearsal_records_runs_and_steps(tmp_path):
 def test_the_published_way_computes_what_ours_does(make, batch, preset, monkeypatch):
     monkeypatch.setattr(subjects, "DTYPE", torch.float32)
     subject = getattr(subjects, make)(batch, CPU, is_tiny=True)
-    policy = ToCaConfig.preset(preset, num_inference_steps=8, fresh_ratio=0.3)
+    # of DiT, the step 3 is full in the first block alone
+    policy = ToCaConfig.preset(preset, num_inference_steps=8, fresh_ratio=0.3, mixed_steps=True)
     ours, published = subject.copy_transformer(), subject.copy_transformer()
     apply_token_cache(ours, policy)
     apply_published(published, policy)
@@ -212,6 +213,7 @@ def test_every_policy_is_timed_by_its_plan(case):
         assert mean * num_steps == pytest.approx(run["flops"])
 
     assert kinds["dense"] == {"dense_step"}
+    assert kinds["toca-unmixed"] == {"full_step", "partial_step", "reuse_step"}
     assert kinds["fora"] == {"full_step", "reuse_step"}
     assert kinds["duca"] >= {"full_step", "partial_step", "skipped_step"}
     assert kinds["l2c"] == kinds["tokencache"] == {"full_step", "partial_step"}
