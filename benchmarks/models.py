@@ -388,12 +388,13 @@ def time_case(case: Case, journal: Journal) -> Iterator[Record]:
         for contender in case.contenders:
             if has_failed(contender, journal.of_case(case.key)):
                 continue
+            # what the one before has left would be taken for this one's
+            release_memory()
             _enter(journal, case, contender)
             try:
                 calls[contender], peaks[contender] = prepare_call(contender, case, subject)
             except Exception as error:
                 yield {**common, **contender.fields, "error": describe_error(error)}
-            release_memory()
         runs: dict[Contender, list[list[float]]] = {contender: [] for contender in calls}
         pipelines: dict[Contender, list[float]] = {contender: [] for contender in calls}
         for _ in range(case.model.samples):
