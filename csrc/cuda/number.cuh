@@ -30,9 +30,9 @@ __device__ inline __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
   return __float2bfloat16_rn(x);
 }
 
-// Width elements that are moved by one instruction.
+// Width elements that are moved by one instruction, or by several of 16 bytes.
 template <class T, int Width>
-struct alignas(sizeof(T) * Width) Piece {
+struct alignas(sizeof(T) * Width < 16 ? sizeof(T) * Width : 16) Piece {
   T values[Width];
 
   __device__ static Piece load(const T* pointer) {

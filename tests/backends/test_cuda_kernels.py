@@ -1,5 +1,8 @@
 """The sources of csrc/cuda, compiled for the CPU, in the tests of the ops (tests/cuda_emulator)."""
 
+import ctypes
+import fcntl
+import hashlib
 import importlib.util
 import inspect
 import os
@@ -13,7 +16,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from tokencache_kernels import ops
 from tokencache_kernels.backends import native
+from tokencache_kernels.testing import randn
 
 ROOT = Path(__file__).resolve().parents[2]
 EMULATOR = ROOT / "tests" / "cuda_emulator"
@@ -30,16 +35,16 @@ def find_cuda_headers():
     return next((r / "include" for r in roots if (r / "include/cuda_runtime.h").is_file()), None)
 
 
-def build_emulated_library(compiler, headers, folder):
-    """Compile csrc/cuda and the CUDA half of csrc/api for the CPU."""
+def compile_for_cpu(compiler, headers, folder):
+    """csrc/cuda, the CUDA half of csrc/api and some faulty kernels in one library."""
     torch_root = Path(torch.__file__).parent
+    kernels = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
     api = folder / "api.cpp"
-    sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
     # one file of all: torch's headers are read once
-    api.write_text("".join(f'#include "api/{source.stem}.cpp"\n' for source in sources))
+    api.write_text("".join(f'#include "api/{source.stem}.cpp"\n' for source in kernels))
     flags = [
-        "-std=c++20", "-O1", "-fPIC", f"-I{EMULATOR}", f"-I{ROOT / 'csrc'}", f"-I{headers}",
-        *os.environ.get("CXXFLAGS", "").split(),
+        "-std=c++20", "-O1", "-fPIC", "-Wno-unknown-pragmas", f"-I{EMULATOR}", f"-I{ROOT}/csrc",
+        f"-I{headers}", *os.environ.get("CXXFLAGS", "").split(),
     ]  # fmt: skip
     as_cuda = [
         "-x", "c++", "-include", EMULATOR / "emulator.h", "-ffp-contract=off",
@@ -49,7 +54,8 @@ def build_emulated_library(compiler, headers, folder):
         "-DTOKENCACHE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000",
         f"-Dtokencache_kernels_native={NAMESPACE}", "-isystem", torch_root / "include",
     ]  # fmt: skip
-    jobs = {api: as_torch, EMULATOR / "emulator.cpp": [], **dict.fromkeys(sources, as_cuda)}
+    jobs = {api: as_torch, EMULATOR / "emulator.cpp": []}
+    jobs |= dict.fromkeys([*kernels, EMULATOR / "faults.cu"], as_cuda)
 
     def compile_one(source):
         target = folder / f"{source.name}.o"
@@ -58,11 +64,36 @@ def build_emulated_library(compiler, headers, folder):
 
     with ThreadPoolExecutor(2) as pool:
         objects = list(pool.map(compile_one, jobs))
-    library = folder / "libemulated.so"
     run(
         compiler, *flags, "-fsanitize=undefined", "-shared", "-Wl,-Bsymbolic", *objects,
-        f"-L{torch_root / 'lib'}", "-ltorch_cpu", "-o", library,
+        f"-L{torch_root}/lib", "-ltorch_cpu", "-o", folder / "linked.so",
     )  # fmt: skip
+    return folder / "linked.so"
+
+
+def run(*command):
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+@pytest.fixture(scope="session")
+def emulated_library(tmp_path_factory):
+    """Compiled once for all processes of a session, and for the next ones if nothing changes."""
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    headers = find_cuda_headers()
+    if compiler is None or headers is None or sys.platform != "linux":
+        pytest.skip("it needs Linux, g++ and the headers of a CUDA toolkit")
+    digest = hashlib.sha256(torch.__version__.encode() + os.environ.get("CXXFLAGS", "").encode())
+    for folder in (ROOT / "csrc", EMULATOR, Path(__file__).parent):
+        for source in sorted(folder.rglob("*.*")):
+            digest.update(source.read_bytes() if source.is_file() else b"")
+    folder = tmp_path_factory.getbasetemp().parent / f"cuda-emulator-{digest.hexdigest()[:16]}"
+    folder.mkdir(exist_ok=True)
+    library = folder / "libemulated.so"
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not library.is_file():
+            compile_for_cpu(compiler, headers, folder).rename(library)
     return library
 
 
@@ -73,23 +104,13 @@ def read_schemas():
             yield "".join(re.findall(r'"([^"]*)"', words))
 
 
-def run(*command):
-    done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-4000:]
-
-
 @pytest.fixture(scope="session")
-def emulated_ops(tmp_path_factory):
+def emulated_ops(emulated_library):
     """The ops of the native library, under another name, with the kernels as the CPU's."""
-    compiler = shutil.which(os.environ.get("CXX", "g++"))
-    headers = find_cuda_headers()
-    if compiler is None or headers is None or sys.platform != "linux":
-        pytest.skip("it needs Linux, g++ and the headers of a CUDA toolkit")
-    folder = tmp_path_factory.mktemp("cuda_emulator")
     with torch.library._scoped_library(NAMESPACE, "DEF") as library:
         for schema in read_schemas():
             library.define(schema)
-        torch.ops.load_library(build_emulated_library(compiler, headers, folder))
+        torch.ops.load_library(emulated_library)
         yield getattr(torch.ops, NAMESPACE)
 
 
@@ -119,3 +140,61 @@ def find_tests(family):
 
 for _family in FAMILIES:
     globals().update(find_tests(_family))
+
+
+@pytest.mark.parametrize(
+    ("kernel", "blocks", "shared_bytes", "reason"),
+    [
+        ("is well", 1, 256, None),
+        ("is well", 0, 256, "a launch that no GPU takes"),
+        ("is well", 1, 1 << 20, "a launch that no GPU takes"),
+        ("writes too far", 1, 256, "a block wrote behind its shared memory"),
+        ("leaves a lane out", 1, 0, "the lanes of a warp do not do the same together"),
+        ("waits in a branch", 1, 0, "the lanes of a warp do not do the same together"),
+        ("forgets its copies", 1, 256, "a thread ended before its copies"),
+        ("copies from between", 1, 256, "a copy must begin at 16 bytes"),
+    ],
+)
+def test_the_emulator_sees_what_is_wrong_with_a_kernel(
+    emulated_library, kernel, blocks, shared_bytes, reason
+):
+    run_kernel = ctypes.CDLL(emulated_library).run_kernel
+    run_kernel.restype = ctypes.c_char_p
+    out = torch.zeros(64)
+
+    found = run_kernel(kernel.encode(), ctypes.c_void_p(out.data_ptr()), blocks, shared_bytes)
+
+    assert found == (reason and reason.encode())
+
+
+@pytest.mark.parametrize("kernel", ["reads too early", "reads before its copies"])
+def test_what_is_read_too_early_is_nan(emulated_library, kernel):
+    out = torch.zeros(64)
+
+    ctypes.CDLL(emulated_library).run_kernel(
+        kernel.encode(), ctypes.c_void_p(out.data_ptr()), 1, 256
+    )
+
+    assert out.isnan().any()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"normalize": False, "staleness_weight": 0.5, "grid": (85, 107), "tile": 3, "bonus": 0.4}],
+    ids=["plain", "all-options"],
+)
+def test_the_parts_of_a_long_row_select_as_the_reference_does(backend, options):
+    L, B, N, S = 2, 1, 85 * 107, 700
+    scores = (20 * randn(L, B, N)).round()  # the threshold lies amid ties, in several parts
+    scores[0, :, ::7] = torch.nan
+    staleness = torch.randint(5, (L, B, N), generator=torch.Generator().manual_seed(0)).int()
+    num_fresh = torch.tensor([[700, 0], [31, 699]], dtype=torch.int32)
+    expected_staleness = staleness.clone()
+    expected = ops.select_cycle_(
+        scores, expected_staleness, num_fresh, S, backend="reference", **options
+    )
+
+    selected = ops.select_cycle_(scores, staleness, num_fresh, S, backend=backend, **options)
+
+    torch.testing.assert_close(selected, expected, rtol=0, atol=0)
+    torch.testing.assert_close(staleness, expected_staleness, rtol=0, atol=0)

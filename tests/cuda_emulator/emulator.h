@@ -111,12 +111,21 @@ T __shfl_up_sync(unsigned mask, T value, int distance) {
 }
 
 inline unsigned __ballot_sync(unsigned mask, bool vote) {
-  unsigned votes = 0;
-  // every lane asks all others: dear, but short
-  for (int lane = 0; lane < emulator::kWarp; ++lane) {
-    votes |= static_cast<unsigned>(emulator::shuffle(mask, vote, lane)) << lane;
-  }
-  return votes;
+  struct Lane {
+    bool vote;
+    unsigned votes;
+  } mine{vote, 0};
+  if (mask != 0xFFFFFFFF) emulator::fail("only whole warps can vote here");
+  emulator::meet(
+      [](void* const(&lanes)[emulator::kWarp]) {
+        unsigned votes = 0;
+        for (int lane = 0; lane < emulator::kWarp; ++lane) {
+          votes |= static_cast<unsigned>(static_cast<Lane*>(lanes[lane])->vote) << lane;
+        }
+        for (void* lane : lanes) static_cast<Lane*>(lane)->votes = votes;
+      },
+      &mine);
+  return mine.votes;
 }
 
 template <class T>
