@@ -36,7 +36,7 @@ GRACE_SECONDS = 20
 # then another process shows what there is
 TABLE_SECONDS = 25
 # of benchmarks/stages.py, which imports torch: this process must not
-LOST = 3
+GO_ON = 3
 
 
 def main() -> int:
@@ -79,7 +79,7 @@ def supervise(options: argparse.Namespace) -> int:
                 return 0
             if at.exists():
                 say(f"{record_death(at, status)}; another process goes on", log)
-            elif status == LOST:
+            elif status == GO_ON:
                 say("another process goes on", log)
             else:
                 return status

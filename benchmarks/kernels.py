@@ -25,7 +25,7 @@ from . import cases, published, tune
 from .cases import OPS, Inputs, Op, Shape, bind
 from .profiling import list_kernels, measure_peak_bytes
 from .records import describe_run
-from .stages import Journal, Record, describe, describe_error, work_through
+from .stages import GO_ON, Journal, Record, describe, describe_error, work_through
 from .timing import capture, summarise, time_in_turn
 
 # a few roundings; the tests hold each backend to far less
@@ -59,12 +59,17 @@ class Ceilings:
 
 @dataclass(frozen=True)
 class Case:
-    """One op at one shape in one dtype; ``is_leading``: also compiled, and its kernels listed."""
+    """One op at one shape in one dtype.
+
+    ``is_leading``: it is timed as ``torch.compile`` makes it, too. ``is_traced``: what each
+    contender runs is listed.
+    """
 
     op: Op
     shape: Shape
     dtype: torch.dtype
     is_leading: bool
+    is_traced: bool = False
 
     @property
     def key(self) -> Record:
@@ -90,7 +95,13 @@ class Way:
 
 def run_stage(options: argparse.Namespace, deadline: float) -> int:
     """Time the ops; end with a table, and give what is left of the time to launch settings."""
-    records = time_ops("kernels", list_cases(options.device, options.rehearse), options, deadline)
+    found = list_cases(options.device, options.rehearse)
+    traced = [case for case in found if case.is_traced]
+    is_done = open_traces(options).is_done
+    if not all(is_done(case.key) for case in select_cases(traced, options)):
+        time_ops("kernels", traced, options, deadline)
+        trace_ops(traced, options, deadline)
+    records = time_ops("kernels", found, options, deadline)
     status = has_failed(records)
     if tune.can_tune(options):
         status |= tune.run_stage(options, deadline)
@@ -103,7 +114,7 @@ def time_ops(
     """Time the cases that have no records yet; print the table of all, and return its records."""
     facts = describe_run(options.device, options.commit, options.session)
     journal = Journal(options.out, stage, {**facts, "rehearsal": options.rehearse})
-    found = [case for case in found if options.only in "/".join(case.key.values())]
+    found = select_cases(found, options)
     # another process may be here for the table alone
     dtypes = {case.dtype for case in found} if time.monotonic() < deadline else set()
     ceilings = measure_all_ceilings(dtypes, options, journal)
@@ -114,6 +125,11 @@ def time_ops(
     work_through(journal, found, measure, deadline)
     print_table(journal.records)
     return journal.records
+
+
+def select_cases(found: Sequence[Case], options: argparse.Namespace) -> list[Case]:
+    """Those that were asked for."""
+    return [case for case in found if options.only in "/".join(case.key.values())]
 
 
 def has_failed(records: list[Record]) -> int:
@@ -135,7 +151,13 @@ def list_cases(device: torch.device, rehearse: bool) -> list[Case]:
         groups = (cases.CPU_SHAPES,)
     others = [op for op in OPS.values() if op not in (*cases.KEY_OPS, *cases.attention.OPS)]
     return [
-        Case(op, shape, dtype, is_leading=shape in leading)
+        Case(
+            op,
+            shape,
+            dtype,
+            is_leading=shape in leading,
+            is_traced=shape in leading[:2] and ops is cases.KEY_OPS,
+        )
         for shapes in groups
         for ops in (cases.KEY_OPS, others)
         for shape in shapes
@@ -211,7 +233,7 @@ def time_case(
     make_inputs = partial(op.make_inputs, shape, dtype, device)
     sets = [make_inputs(seed) for seed in range(2 if rehearse else op.num_sets(shape, dtype))]
     failed = journal.failed(case.key)
-    runs, records, first_calls = {}, {}, {}
+    runs, records = {}, {}
     for way in list_ways(op, dtype, device, case.is_leading and not rehearse):
         for mode in way.modes:
             contender = {"backend": way.name, "mode": mode, "baseline": way.is_baseline}
@@ -223,7 +245,6 @@ def time_case(
                     check_result(way, op, make_inputs)
                 calls = [way.bind(inputs) for inputs in sets]
                 runs[way.name, mode] = prepare_run(calls, mode)
-                first_calls[way.name, mode] = calls[0]
                 records[way.name, mode] = {
                     **common,
                     **contender,
@@ -237,17 +258,51 @@ def time_case(
     journal.enter(case.key)
     sample_seconds = 0 if rehearse else SAMPLE_SECONDS
     times = time_in_turn(runs, device, 2 if rehearse else 30, sample_seconds)
-    if case.is_leading and all(r.get("backend") != "trace" for r in journal.records):
-        # afterwards, and never again if a process should die of it
-        journal.enter(case.key, backend="trace")
-        for (name, mode), call in first_calls.items():
-            records[name, mode]["ran"] = (
-                # replayed is what was called
-                records[name, "stream"]["ran"] if mode == "graph" else list_kernels(call, device)
-            )
     for contender, seconds in times.items():
         record = {**records[contender], **summarise(seconds, parts=len(sets))}
         yield {**record, "share_of_ceiling": ceilings[dtype].share(record)}
+
+
+def open_traces(options: argparse.Namespace) -> Journal:
+    """The records of what contenders run."""
+    facts = describe_run(options.device, options.commit, options.session)
+    return Journal(options.out, "traces", {**facts, "rehearsal": options.rehearse})
+
+
+def trace_ops(found: Sequence[Case], options: argparse.Namespace, deadline: float) -> None:
+    """List what the contenders of these cases run; then another process goes on, if there is time.
+
+    What a profiler leaves behind in a process may slow down every launch.
+    """
+    journal = open_traces(options)
+    measure = partial(trace_case, device=options.device, journal=journal, rehearse=options.rehearse)
+    work_through(journal, select_cases(found, options), measure, deadline)
+    if time.monotonic() < deadline:
+        raise SystemExit(GO_ON)
+
+
+def trace_case(
+    case: Case, device: torch.device, journal: Journal, rehearse: bool
+) -> Iterator[Record]:
+    """What each contender runs when it is called, which is what its graph replays."""
+    release_memory()
+    inputs = case.op.make_inputs(case.shape, case.dtype, device, seed=0)
+    failed = journal.failed(case.key)
+    ran: dict[str, list[str] | str] = {}
+    for way in list_ways(case.op, case.dtype, device, with_compiled=not rehearse):
+        mode = way.modes[0]
+        if (way.name, mode) in failed:
+            continue
+        journal.enter(case.key, backend=way.name, mode=mode)
+        try:
+            kernels = list_kernels(way.bind(inputs), device)
+        except Exception as error:
+            ran[f"{way.name} {mode}"] = describe_error(error)
+        else:
+            ran[f"{way.name} {mode}"] = kernels
+            names = ", ".join(name[:60] for name in kernels)
+            print(f"{case.op.name} {way.name} {mode}: {len(kernels)}: {names}", flush=True)
+    yield {**case.key, "ran": ran}
 
 
 def release_memory() -> None:

@@ -8,7 +8,7 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def list_kernels(call: Callable[[], object], device: torch.device) -> list[str]:
-    """What ``call`` ran, in order: kernels and copies of a GPU, torch's operations of a CPU."""
+    """What ``call`` ran, in order: kernels and copies of a GPU, torch's calls on a CPU."""
     on_gpu = device.type == "cuda"
     call()
     with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as trace:
@@ -19,7 +19,7 @@ def list_kernels(call: Callable[[], object], device: torch.device) -> list[str]:
     events = [
         event
         for event in trace.events()
-        if event.device_type == kind and not event.cpu_children and event.name != "[memory]"
+        if event.device_type == kind and event.cpu_parent is None and event.name != "[memory]"
     ]
     return [event.name for event in sorted(events, key=lambda event: event.time_range.start)]
 

@@ -19,8 +19,8 @@ from .records import append_record, is_same_run, read_records
 
 # programs that wait for each other may wait for ever: a case that takes this long has failed
 MAX_SECONDS = 240
-# the exit status of a stage whose device is lost, and with it every later call in the process
-LOST = 3
+# the exit status for another process to go on, because this one cannot, or should not
+GO_ON = 3
 
 Record = dict[str, Any]
 
@@ -119,7 +119,7 @@ def expect_device(journal: Journal) -> None:
         except RuntimeError as error:
             print(f"the device is lost: {describe_error(error)}", flush=True)
             journal.leave()
-            raise SystemExit(LOST) from None
+            raise SystemExit(GO_ON) from None
 
 
 def describe_error(error: BaseException) -> str:
