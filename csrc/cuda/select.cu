@@ -14,6 +14,8 @@ namespace {
 
 constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / 32;
+// left alone, the assembler spills for more blocks on a multiprocessor
+constexpr int kBlocks = 2;
 constexpr int kMostTokens = 8192;  // of a block of its own
 constexpr int kPart = 2048;        // tokens of a part
 constexpr int kDigits = 4;
@@ -231,7 +233,7 @@ __device__ void write_tokens(const SelectParams& p, const Part& part, int64_t st
   }
 }
 
-__global__ void __launch_bounds__(kThreads) select_tokens_kernel(SelectParams p) {
+__global__ void __launch_bounds__(kThreads, kBlocks) select_tokens_kernel(SelectParams p) {
   __shared__ int bins[kBins];
   uint32_t* keys = shared_memory<uint32_t>();
   const Part part(p, 1);
