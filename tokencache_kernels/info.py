@@ -17,6 +17,9 @@ from .version import __version__
 
 PACKAGES = ("torch", "triton", "diffusers", "safetensors", "mlxtend", "matplotlib", "tqdm")
 DEVICES = ("cpu", "cuda")
+# as Linux calls them
+CPU_FEATURES = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512_bf16", "avx512_fp16",
+                "amx_bf16", "asimd", "bf16", "sve")  # fmt: skip
 # in the order in which a block calls them; a functional twin runs through its in-place op
 OPS = tuple(name for name in ops.__all__ if isfunction(getattr(reference, name, None)))
 # B, S, N, H, E: all queries, fresh ones, and those over a text of different lengths
@@ -35,7 +38,8 @@ def run(_: argparse.Namespace) -> int:
     """Print everything, one heading after another."""
     print(f"tokencache_kernels {__version__} at {Path(__file__).parent}")
     _print_table("Versions", {"python": platform.python_version(), **versions()})
-    _print_table("Devices", {"cpu": describe_cpu(), "cuda": describe_cuda()})
+    devices = {"cpu": describe_cpu(), "cpu features": cpu_features(), "cuda": describe_cuda()}
+    _print_table("Devices", devices)
     _print_table("Native library", describe_native_library())
     _print_table("Environment", environment())
     for device in DEVICES:
@@ -101,6 +105,15 @@ def describe_cpu() -> str:
     return f"{name}, {os.cpu_count()} cores, torch uses {torch.get_num_threads()}"
 
 
+def cpu_features() -> str:
+    """Which of the vector and matrix instructions that anything here is faster for there are."""
+    facts = Path("/proc/cpuinfo")
+    if not facts.is_file():
+        return "unknown: there is no /proc/cpuinfo"
+    found = set(facts.read_text().split())
+    return ", ".join(name for name in CPU_FEATURES if name in found) or "none that is looked for"
+
+
 def describe_cuda() -> str:
     """The first CUDA device's name and architecture, or why there is none."""
     if torch.version.cuda is None:
@@ -117,9 +130,13 @@ def describe_native_library() -> dict[str, str]:
     reason = native.unavailable(torch.device("cpu"), torch.float32)
     facts = native.build_info() or {}
     state = f"not usable: {reason}" if reason else "loaded"
-    in_use = {} if reason else {"instructions": native.cpu_instructions()}
-    kernels = {"CUDA kernels": native.summarise_resources()}
-    return {"path": str(native.library_path()), "state": state, **in_use, **kernels, **facts}
+    in_use = {} if reason else {"instructions in use": native.cpu_instructions()}
+    reason = native.unavailable(torch.device("cuda"), torch.float32)
+    cuda = {
+        "CUDA state": f"not usable: {reason}" if reason else "loaded",
+        "CUDA kernels": native.summarise_resources(),
+    }
+    return {"path": str(native.library_path()), "state": state, **in_use, **cuda, **facts}
 
 
 def environment() -> dict[str, str]:

@@ -249,7 +249,7 @@ def test_the_instructions_are_those_asked_for(monkeypatch, keeps_instructions):
 
     assert reason is None
     assert native.cpu_instructions() == "portable"
-    assert info.describe_native_library()["instructions"] == "portable"
+    assert info.describe_native_library()["instructions in use"] == "portable"
 
 
 @needs_library
@@ -306,6 +306,38 @@ def test_the_cuda_half_loads_without_a_gpu_and_adds_its_kernels():
     ):  # fmt: skip
         op = f"tokencache_kernels_native::{name}"
         assert torch._C._dispatch_has_kernel_for_dispatch_key(op, "CUDA")
+
+
+@pytest.mark.parametrize(
+    ("driver", "capability", "reason"),
+    [
+        (13000, (8, 0), None),
+        (13020, (8, 9), None),  # machine code of the same generation
+        (13000, (9, 0), None),
+        (13000, (12, 1), None),  # intermediate code
+        (12080, (8, 0), "its CUDA half was built with CUDA 13.0, and the driver is for 12"),
+        (13000, (7, 5), "its CUDA half was built for architectures 80-real, 90a-real, 120, .* 75"),
+        (13000, (10, 0), "its CUDA half was built for .*, and this GPU is of 100"),
+    ],
+)
+def test_a_gpu_that_the_cuda_half_was_not_built_for_is_named_as_the_reason(
+    monkeypatch, driver, capability, reason
+):
+    facts = {"cuda": "13.0", "cuda_architectures": "80-real, 90a-real, 120"}
+    monkeypatch.setattr(loading, "build_info", lambda: facts)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: driver, raising=False)
+    for name in ("load_library", "load_cuda_library"):
+        monkeypatch.setattr(native, name, lambda: None)
+    monkeypatch.setattr(native, "refuse_gpu", loading.refuse_gpu.__wrapped__)
+
+    if reason is None:
+        backends.resolve("gather_rows", torch.device("cuda"), torch.float32, "native")
+    else:
+        with pytest.raises(BackendUnavailableError, match=f"'native' cannot run here: {reason}"):
+            backends.resolve("gather_rows", torch.device("cuda"), torch.float32, "native")
+        assert info.describe_native_library()["CUDA state"].startswith("not usable: its CUDA half")
 
 
 def test_float64_on_a_gpu_is_left_to_the_reference():

@@ -1,6 +1,6 @@
 import pytest
 
-from tokencache_kernels.backends.native import read_resources, resources
+from tokencache_kernels.backends.native import loading, read_resources, resources
 from tokencache_kernels.backends.native.resources import KernelResources, parse_resources
 from tokencache_kernels.backends.triton import compile_gate
 from tokencache_kernels.cli import main
@@ -24,17 +24,28 @@ arch = sm_80
 Resource usage:
  Function _ZN10tokencache4_GL05rows_kernelI5uint4EEvNS_1PE:
   REG:30 STACK:8 SHARED:0 LOCAL:0 CONSTANT[0]:536
- Function _ZN10tokencache4_GL06linear_kernelI6__halfNS0_4TileILi64ELi128ELi2ELi2EEEEEvNS_1PE:
+ Function _ZN10tokencache4_GL06linear_kernelI6__halfNS0_4TileILi64ELi128ELi2ELi2EEELb1EEEvNS_1PE:
   REG:95 STACK:0 SHARED:0 LOCAL:4 CONSTANT[0]:536
+ Function _ZN10tokencache4_GL0_9_select_cu_021invert_indices_kernelENS_1PE:
+  REG:16 STACK:0 SHARED:0 LOCAL:0 CONSTANT[0]:536
 """  # noqa: E501
 
 
 def test_what_cuobjdump_prints_is_read_by_architecture_and_kernel():
     assert parse_resources(PRINTED) == [
-        KernelResources("sm_80", "linear_kernel", "float16, 64, 128, 2, 2", 95, 4, 0),
+        KernelResources("sm_80", "invert_indices_kernel", "", 16, 0, 0),
+        KernelResources("sm_80", "linear_kernel", "float16, 64, 128, 2, 2, yes", 95, 4, 0),
         KernelResources("sm_80", "rows_kernel", "16 bytes", 30, 8, 0),
         KernelResources("sm_90a", "attention_kernel", "bfloat16, 128", 202, 0, 1024),
     ]
+
+
+def test_the_build_has_kept_what_there_was_to_read():
+    kept = loading.built_resources()
+    if not kept:
+        pytest.skip("built without CUDA or without cuobjdump")
+
+    assert parse_resources(kept) == read_resources(loading.cuda_library_path())
 
 
 def test_no_kernel_of_the_built_library_spills():

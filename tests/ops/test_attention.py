@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from tokencache_kernels import backends, ops
-from tokencache_kernels.backends import library, reference
+from tokencache_kernels.backends import library, native, reference
 from tokencache_kernels.errors import BackendUnavailableError, UnsupportedInputError
 from tokencache_kernels.testing import assert_within_budget, in_float64, randn
 
@@ -280,6 +280,20 @@ def test_auto_follows_the_table(monkeypatch):
     wider = make_inputs(1, 5, 11, 2, 24)
     assert tuple(library.preference(*wider, None)) == ("reference",)
     assert tuple(library.preference(*in_float64(*inputs), None)) == ("reference",)
+
+
+def test_auto_takes_the_entropy_from_the_native_library():
+    inputs = make_inputs(1, 5, 11, 2, 16)
+    reason = native.unavailable(inputs[0].device, inputs[0].dtype)
+    if reason is not None:
+        pytest.skip(reason)
+
+    chosen = backends.resolve(
+        "attention_with_entropy", torch.device("cpu"), torch.float32,
+        preference=library.preference(*inputs, None),
+    )  # fmt: skip
+
+    assert chosen is native.attention_with_entropy
 
 
 def test_the_table_can_be_read_and_names_what_there_is():

@@ -11,6 +11,7 @@ from .loading import (
     library_path,
     load_cuda_library,
     load_library,
+    refuse_gpu,
 )
 from .mlp import mlp_
 from .modulate import add_branches, gather_modulate, row_pass
@@ -56,5 +57,5 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type == "cuda" and dtype == torch.float64:
         return "its CUDA half computes in float32 and does not take float64"
     if device.type == "cuda":
-        return load_library() or load_cuda_library()
+        return load_library() or load_cuda_library() or refuse_gpu(device)
     return f"it needs a CPU or CUDA tensor, got {device.type}"

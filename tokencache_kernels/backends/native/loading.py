@@ -2,7 +2,9 @@
 
 import functools
 import importlib
+import re
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -66,11 +68,51 @@ def cpu_instructions() -> str:
     return name
 
 
+@functools.cache
+def refuse_gpu(device: torch.device) -> str | None:
+    """Why the CUDA half as it was built cannot run on this GPU, or None where nothing tells."""
+    facts = build_info() or {}
+    if "cuda" not in facts or not torch.cuda.is_available():
+        return None
+    driver = torch._C._cuda_getDriverVersion() // 1000  # type: ignore[attr-defined]
+    if driver < int(facts["cuda"].split(".")[0]):
+        return f"its CUDA half was built with CUDA {facts['cuda']}, and the driver is for {driver}"
+    major, minor = torch.cuda.get_device_capability(device)
+    built = facts["cuda_architectures"]
+    if any(_runs_on(arch, major, minor) for arch in built.split(", ")):
+        return None
+    return f"its CUDA half was built for architectures {built}, and this GPU is of {major}{minor}"
+
+
+def _runs_on(arch: str, major: int, minor: int) -> bool:
+    """Whether code for ``80-real``, ``90a-real``, ... runs on a GPU of that compute capability."""
+    match = re.fullmatch(r"(\d+)(\d)([af]?)(-real|-virtual)?", arch)
+    if match is None:
+        return True  # "native", "all": it cannot be told
+    built, kind, form = (int(match[1]), int(match[2])), match[3], match[4]
+    if built == (major, minor):
+        return True
+    if kind == "a":
+        return False
+    # machine code runs on later GPUs of its generation; intermediate code on all later ones
+    same = built[0] == major and built[1] < minor
+    return same if form == "-real" or kind == "f" else built < (major, minor)
+
+
 def build_info() -> dict[str, str] | None:
     """How the installed library was built (compiler, flags, torch), or None if it cannot say."""
+    module = _build_info_module()
+    return None if module is None else dict(module.facts())
+
+
+def built_resources() -> str:
+    """What cuobjdump said of the installed CUDA half when that was built; of another, nothing."""
+    module = None if settings.native_library_path() else _build_info_module()
+    return "" if module is None else str(module.cuda_resources())
+
+
+def _build_info_module() -> Any:
     try:
-        module = importlib.import_module(f"{_PACKAGE.name}._build_info")
+        return importlib.import_module(f"{_PACKAGE.name}._build_info")
     except ImportError:
         return None
-    facts: dict[str, str] = module.facts()
-    return facts

@@ -6,13 +6,13 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-from .loading import cuda_library_path
+from . import loading
 
 # template arguments as the compiler writes them in a kernel's name; numbers stay numbers
-_ARGUMENT = r"__half|__nv_bfloat16|uint4|(?<=I)[fmjth]|(?<=Li)\d+"
+_ARGUMENT = r"__half|__nv_bfloat16|uint4|(?<=I)[fmjth]|(?<=Li)\d+|Lb[01]"
 _WORDS = {
     "__half": "float16", "__nv_bfloat16": "bfloat16", "f": "float32", "uint4": "16 bytes",
-    "m": "8 bytes", "j": "4 bytes", "t": "2 bytes", "h": "1 byte",
+    "m": "8 bytes", "j": "4 bytes", "t": "2 bytes", "h": "1 byte", "Lb0": "no", "Lb1": "yes",
 }  # fmt: skip
 
 
@@ -45,12 +45,17 @@ class KernelResources:
 def read_resources(path: Path | None = None) -> list[KernelResources]:
     """The kernels of a library with CUDA code, or of the installed one, by architecture and name.
 
+    Of the installed one the build has kept what was to be read.
+
     Raises:
         FileNotFoundError: the library was not built, or there is no cuobjdump to read it with.
     """
-    path = cuda_library_path() if path is None else path
+    kept = loading.built_resources() if path is None else ""
+    path = loading.cuda_library_path() if path is None else path
     if not path.is_file():
         raise FileNotFoundError("the CUDA half of the native library was not built")
+    if kept:
+        return parse_resources(kept)
     command = [_find_cuobjdump(), "-res-usage", str(path)]
     printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     return parse_resources(printed)
@@ -87,7 +92,7 @@ def summarise_resources() -> str:
 
 def _split_name(mangled: str) -> tuple[str, str]:
     """``attention_kernel`` and ``bfloat16, 128``."""
-    match = re.search(r"\d([a-z_]+_kernel)(.*?E)?Ev", mangled)
+    match = re.search(r"\d([a-z_]+_kernel)(?:(I.*?E)Ev|E)", mangled)
     if match is None:
         return mangled.rstrip(":"), ""
     arguments = re.findall(_ARGUMENT, match[2] or "")
