@@ -10,6 +10,7 @@ timed, which bound it.
 
 import argparse
 import faulthandler
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -30,6 +31,7 @@ from .kernels import (
     MAX_ERROR,
     SAMPLE_SECONDS,
     Ceilings,
+    has_failed,
     measure_all_ceilings,
     name_dtype,
     prepare_run,
@@ -401,11 +403,13 @@ def run_stage(options: argparse.Namespace, deadline: float) -> int:
         for case in list_cases(options.device, options.rehearse)
         if options.only in "/".join(case.key.values())
     ]
-    ceilings = measure_all_ceilings({case.dtype for case in cases}, options, journal)
+    # another process may be here for the table alone
+    dtypes = {case.dtype for case in cases} if time.monotonic() < deadline else set()
+    ceilings = measure_all_ceilings(dtypes, options, journal)
     measure = partial(time_case, ceilings=ceilings, journal=journal)
     work_through(journal, cases, partial(measure, rehearse=options.rehearse), deadline)
     print_table(journal.records)
-    return int(any("error" in r and not r.get("baseline") for r in journal.records))
+    return has_failed(journal.records)
 
 
 def list_cases(device: torch.device, rehearse: bool) -> list[Case]:

@@ -37,7 +37,7 @@ from tokencache_kernels.policies import (
     make_plan,
 )
 
-from .kernels import release_memory
+from .kernels import has_failed, release_memory
 from .records import describe_run
 from .stages import MAX_SECONDS, Journal, Record, describe_error, work_through
 from .timing import capture, summarise, time_in_turn, time_parts
@@ -245,7 +245,7 @@ def run_stage(options: argparse.Namespace, deadline: float) -> int:
         journal, cases, partial(time_case_in_time, journal=journal, deadline=deadline), deadline
     )
     print_table(journal.records)
-    return int(any("error" in r and not r.get("baseline") for r in journal.records))
+    return has_failed(journal.records)
 
 
 def list_cases(device: torch.device, rehearse: bool) -> list[Case]:
@@ -386,7 +386,7 @@ def time_case(case: Case, journal: Journal) -> Iterator[Record]:
         common = {**case.key, "attention": attention, "steps": case.model.num_steps}
         calls, peaks = {}, {}
         for contender in case.contenders:
-            if has_failed(contender, journal.of_case(case.key)):
+            if has_failed_before(contender, journal.of_case(case.key)):
                 continue
             # what the one before has left would be taken for this one's
             release_memory()
@@ -411,7 +411,7 @@ def time_case(case: Case, journal: Journal) -> Iterator[Record]:
             yield {**fields, **record}
 
 
-def has_failed(contender: Contender, records: list[Record]) -> bool:
+def has_failed_before(contender: Contender, records: list[Record]) -> bool:
     """Whether it has ended a process before, or would fail again."""
     names = contender.fields.items()
     return any("error" in record and names <= record.items() for record in records)

@@ -5,13 +5,14 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks import layers
+from benchmarks.kernels import Ceilings
+from benchmarks.stages import Journal
 
 ROOT = Path(__file__).resolve().parents[1]
 FIELDS = {
@@ -61,18 +62,26 @@ def test_a_way_that_leaves_something_else_is_not_timed(device):
 
 
 @pytest.mark.parametrize("shape", [layers.TINY, layers.TINY_SINGLE], ids=lambda shape: shape.name)
-def test_what_is_compiled_is_one_graph_and_does_the_same(device, shape):
-    case = layers.Case(shape, torch.bfloat16, torch.device(device))
-    compiled = partial(torch.compile, backend="aot_eager", dynamic=False, fullgraph=True)
-    published = partial(layers.run_published, run_layer=compiled(layers.select_and_recompute_))
-    library = partial(
-        layers.run_library,
-        pack=compiled(layers.pack_rows),
-        choose=compiled(layers.choose_rows),
+def test_what_is_compiled_is_one_graph_and_timed(device, shape, monkeypatch, tmp_path):
+    # all of the compiler but its last and slow part
+    monkeypatch.setattr(
+        layers,
+        "_compile",
+        lambda function, *_: torch.compile(
+            function, backend="aot_eager", dynamic=False, fullgraph=True
+        ),
     )
+    case = layers.Case(shape, torch.bfloat16, torch.device(device), is_compiled=True)
+    ceilings = {torch.bfloat16: Ceilings(bytes=1e9, flops=1e12)}
+    journal = Journal(tmp_path, "layers", {"session": None, "git": None})
 
-    layers.check_result(case, published)
-    layers.check_result(case, library)
+    graph = "graph" if device == "cuda" else "stream"
+
+    records = list(layers.time_case(case, ceilings, journal, rehearse=True))
+
+    assert [record["error"] for record in records if "error" in record] == []
+    found = {(record["backend"], record["mode"]) for record in records}
+    assert found >= {("eager", "compiled"), ("dense", "compiled"), ("library", graph)}
 
 
 @pytest.mark.parametrize("shape", [layers.TINY, layers.TINY_SINGLE], ids=lambda shape: shape.name)

@@ -248,8 +248,8 @@ def test_what_has_failed_is_not_tried_again(case):
     records = [{**case.key, **first.fields, "error": "the process ended with SIGSEGV"}]
     records.append({**case.key, **second.fields, "median_ms": 1.0})
 
-    assert models.has_failed(first, records)
-    assert not models.has_failed(second, records)
+    assert models.has_failed_before(first, records)
+    assert not models.has_failed_before(second, records)
 
 
 def test_the_stage_says_what_it_lacks(case, capsys, monkeypatch, tmp_path):
