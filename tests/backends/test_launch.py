@@ -1,7 +1,11 @@
 import argparse
 import json
+import os
+import subprocess
+import sys
 from dataclasses import dataclass
 from itertools import repeat
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +23,7 @@ from tokencache_kernels.backends.triton._launch import (
     problem_key,
 )
 
+ROOT = Path(__file__).parents[2]
 H200 = Device(arch=90, name="NVIDIA H200", num_sms=132)
 PROBLEM = {"R": 500, "D": 1152}
 
@@ -268,6 +273,40 @@ def test_every_tunable_kernel_runs_in_every_candidate(monkeypatch):
     kernels = {outcome.key.split("/")[0] for outcome in outcomes}
     assert kernels > {"gather_rows", "row_pass", "linear", "linear_scatter_", "mlp_"}
     assert {outcome.num_failed for outcome in outcomes} == {0}
+
+
+# a process that compiles for a GPU, whether there is one or not; nothing may be launched in it
+COMPILE_AHEAD = """
+import importlib
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+class Driver:
+    get_current_target = lambda self: GPUTarget("cuda", 90, 32)
+    get_current_device = get_current_stream = lambda self, device=None: 0
+
+driver.set_active(Driver())
+torch.cuda.is_available = lambda: False
+linear = importlib.import_module("tokencache_kernels.backends.triton.linear")
+from tokencache_kernels.backends.triton import tune
+from tokencache_kernels.backends.triton._launch import INTERPRETER
+case = next(linear.tune_cases(INTERPRETER))
+case.candidates[:] = [setting for setting in case.candidates if not setting.in_library][:2]
+tune.compile_ahead(case)
+print(len(linear._linear_kernel.device_caches[0][0]))
+"""
+
+
+def test_candidates_are_compiled_ahead_and_not_launched(tmp_path):
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": "0"}
+    command = [sys.executable, "-c", COMPILE_AHEAD]
+
+    done = subprocess.run(
+        command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False
+    )
+
+    assert done.stdout == "2\n", done.stderr
 
 
 # early starts
