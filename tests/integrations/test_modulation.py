@@ -16,7 +16,9 @@ from torch import nn
 
 from tokencache_kernels.errors import UnsupportedInputError
 from tokencache_kernels.integrations.diffusers import (
+    apply,
     apply_token_cache,
+    count_graph_steps,
     precompute_modulation,
     remove_precomputed_modulation,
     remove_token_cache,
@@ -26,6 +28,7 @@ from tokencache_kernels.integrations.diffusers import (
 from tokencache_kernels.integrations.diffusers.modulation import read_modulation
 from tokencache_kernels.policies import RandomSelector, random_tokens
 from tokencache_kernels.testing import (
+    Tape,
     assert_within_budget,
     randn,
     tiny_dit,
@@ -55,14 +58,13 @@ class DiT:
     def norms(self, model):
         return [block.norm1 for block in model.transformer_blocks]
 
-    def conditioning(self, prompt=0):
-        return {"class_labels": (torch.arange(self.batch) + prompt) % 10}
+    def conditioning(self, prompt=0, device="cpu"):
+        return {"class_labels": (torch.arange(self.batch, device=device) + prompt) % 10}
 
-    def inputs(self, step):
-        return {
-            "hidden_states": randn(self.batch, 2, 8, 8, dtype=self.dtype, seed=10 + step),
-            "timestep": self.times()[step].expand(self.batch),
-        }
+    def inputs(self, step, device="cpu"):
+        latents = randn(self.batch, 2, 8, 8, dtype=self.dtype, device=device, seed=10 + step)
+        timestep = self.times()[step].to(device).expand(self.batch)
+        return {"hidden_states": latents, "timestep": timestep}
 
 
 @dataclass(frozen=True)
@@ -85,18 +87,21 @@ class Flux(DiT):
         singles = [block.norm for block in model.single_transformer_blocks]
         return [*doubles, *singles, model.norm_out]
 
-    def conditioning(self, prompt=0):
-        pooled = randn(self.batch, 6, dtype=self.dtype, seed=prompt)
-        guidance = torch.full((self.batch,), 3.5) if self.has_guidance else None
+    def conditioning(self, prompt=0, device="cpu"):
+        pooled = randn(self.batch, 6, dtype=self.dtype, device=device, seed=prompt)
+        guidance = torch.full((self.batch,), 3.5, device=device) if self.has_guidance else None
         return {"pooled_projections": pooled, "guidance": guidance}
 
-    def inputs(self, step):
+    def inputs(self, step, device="cpu"):
+        timestep = self.times()[step].to(device).expand(self.batch).to(self.dtype)
         return {
-            "hidden_states": randn(self.batch, 12, 4, dtype=self.dtype, seed=10 + step),
-            "timestep": self.times()[step].expand(self.batch).to(self.dtype) / 1000,
-            "encoder_hidden_states": randn(self.batch, 5, 10, dtype=self.dtype),
-            "img_ids": torch.arange(36.0).view(12, 3) % 5,
-            "txt_ids": torch.zeros(5, 3),
+            "hidden_states": randn(
+                self.batch, 12, 4, dtype=self.dtype, device=device, seed=10 + step
+            ),
+            "timestep": timestep / 1000,
+            "encoder_hidden_states": randn(self.batch, 5, 10, dtype=self.dtype, device=device),
+            "img_ids": torch.arange(36.0, device=device).view(12, 3) % 5,
+            "txt_ids": torch.zeros(5, 3, device=device),
         }
 
 
@@ -114,18 +119,13 @@ def scheduler_of(family, device="cpu"):
 
 def call(model, family, step, conditioning):
     """One step; the conditioning is handed over as it is."""
-    device = next(model.parameters()).device
-    inputs = {name: value.to(device) for name, value in family.inputs(step).items()}
+    inputs = family.inputs(step, next(model.parameters()).device)
     with torch.no_grad():
         return model(**inputs, **conditioning).sample
 
 
 def run(model, family, prompt=0, steps=range(STEPS)):
-    device = next(model.parameters()).device
-    conditioning = {
-        name: value if value is None else value.to(device)
-        for name, value in family.conditioning(prompt).items()
-    }
+    conditioning = family.conditioning(prompt, next(model.parameters()).device)
     return torch.stack([call(model, family, step, conditioning) for step in steps])
 
 
@@ -200,11 +200,17 @@ def test_the_vectors_are_the_ones_that_the_norms_make(family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_cache_contexts_have_their_own_runs(device, family):
-    model, alone = make(family, POLICY, device=device), make(family, POLICY, device=device)
+    model = make(family, POLICY, precomputed=False, device=device)
+    alone = make(family, POLICY, device=device)
     prompts = {"cond": 0, "uncond": 5}
+    # as a pipeline has that was used before: by then diffusers has listed the hooked parts
+    with token_cache_context(model, "cond"):
+        run(model, family, steps=[0])
+    precompute_modulation(model, scheduler_of(family, device))
+    (calls,) = count_calls([family.norms(model)[0].linear])
 
     for prompt in (0, 1):
-        given = {name: family.conditioning(prompt + own) for name, own in prompts.items()}
+        given = {name: family.conditioning(prompt + own, device) for name, own in prompts.items()}
         outputs = {name: [] for name in prompts}
         for step in range(STEPS):
             for name, conditioning in given.items():
@@ -213,6 +219,8 @@ def test_cache_contexts_have_their_own_runs(device, family):
         for name, own in prompts.items():
             wanted = run(alone, family, prompt + own)
             torch.testing.assert_close(torch.stack(outputs[name]), wanted, rtol=0, atol=0)
+
+    assert len(calls) == 4
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -235,6 +243,15 @@ def test_each_sample_may_have_a_timestep_of_its_own():
         out, wanted = model(**inputs).sample, plain(**inputs).sample
 
     torch.testing.assert_close(out, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_one_row_of_conditioning_serves_every_batch():
+    model, plain = make(DiT()), make(DiT(), precomputed=False)
+    labels = DiT(batch=1).conditioning(4)
+
+    for batch in (3, 1, 2):
+        out, wanted = (call(one, DiT(batch), 0, labels) for one in (model, plain))
+        torch.testing.assert_close(out, wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_layers_that_stand_in_for_others_are_called_as_they_are():
@@ -265,12 +282,9 @@ def test_layers_that_stand_in_for_others_are_called_as_they_are():
 @pytest.mark.parametrize("policy", [None, POLICY], **IDS)
 def test_a_timestep_that_is_not_the_schedulers_gives_nan(device, family, policy):
     model = make(family, policy, device=device)
-    conditioning = {
-        name: value if value is None else value.to(device)
-        for name, value in family.conditioning().items()
-    }
+    conditioning = family.conditioning(device=device)
     call(model, family, 0, conditioning)
-    inputs = {name: value.to(device) for name, value in family.inputs(1).items()}
+    inputs = family.inputs(1, device)
     inputs["timestep"] = inputs["timestep"].clone()
     inputs["timestep"][0] -= 1
 
@@ -348,6 +362,51 @@ def test_a_call_that_breaks_off_leaves_nothing_behind(family, error):
     # torch ends no call that is interrupted
     assert read_modulation(last) is None or error is KeyboardInterrupt
     torch.testing.assert_close(run(model, family, 3), run(plain, family, 3), rtol=1e-5, atol=1e-5)
+
+
+# --- captured steps -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("comes_first", [True, False])
+def test_captured_steps_read_the_vectors_of_their_call(monkeypatch, comes_first):
+    """A tape stands for CUDA; whichever of the two is applied first, it captures no table."""
+    monkeypatch.setattr(apply, "CudaCapture", Tape)
+    family = Flux() if comes_first else DiT()
+    model, uncaptured = make(family, precomputed=comes_first), make(family, POLICY)
+    apply_token_cache(model, POLICY, cuda_graphs=True)
+    if not comes_first:
+        precompute_modulation(model, scheduler_of(family))
+
+    for prompt in range(3):
+        out, wanted = (run(one, family, prompt) for one in (model, uncaptured))
+        torch.testing.assert_close(out, wanted, rtol=0, atol=0)
+    assert count_graph_steps(model).replayed > STEPS
+
+    conditioning = family.conditioning()
+    call(model, family, 0, conditioning)
+    stray = family.inputs(1)
+    stray["timestep"] = stray["timestep"] - 1
+    with torch.no_grad():
+        assert model(**stray, **conditioning).sample.isnan().all()
+
+
+def test_nothing_captured_outlives_the_vectors_that_it_reads(monkeypatch):
+    monkeypatch.setattr(apply, "CudaCapture", Tape)
+    family = DiT()
+    model, plain = family.make(), make(family, POLICY, precomputed=False)
+    apply_token_cache(model, POLICY, cuda_graphs=True)
+
+    for prompt, is_precomputed in enumerate((False, True, False)):
+        if is_precomputed:
+            precompute_modulation(model, scheduler_of(family))
+        else:
+            remove_precomputed_modulation(model)
+        run(model, family, prompt)
+        # broken off where the next steps would be replayed
+        run(model, family, prompt, range(2))
+    remove_precomputed_modulation(model)
+
+    torch.testing.assert_close(run(model, family, 5), run(plain, family, 5), rtol=0, atol=0)
 
 
 # --- what it keeps --------------------------------------------------------------------------------
