@@ -11,7 +11,7 @@
 #include "cpu/simd.h"
 #include "params.h"
 
-// Elements of any type as vectors, and rows, of the type that the work is done in: float32, and
+// Elements of any type as vectors, and as rows, of the type that the work is done in: float32, and
 // float64 for float64. Compiled once for every instruction set, hence no inline function of a
 // library here: the linker would keep one of the copies for all.
 namespace tokencache::TOKENCACHE_ISA {

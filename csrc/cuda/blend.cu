@@ -8,6 +8,8 @@ namespace tokencache {
 namespace {
 
 constexpr int kWarps = 4;  // rows of a block
+// left alone, the assembler spills for more blocks on a multiprocessor of sm_80
+constexpr int kBackwardBlocks = 8;
 
 template <class T>
 __device__ const T* row_of(const void* base, int64_t b, int64_t n, int64_t stride_b,
@@ -41,7 +43,8 @@ __global__ void __launch_bounds__(32 * kWarps) blend_kernel(BlendParams p) {
 }
 
 template <class T, int Width>
-__global__ void __launch_bounds__(32 * kWarps) blend_backward_kernel(BlendBackwardParams p) {
+__global__ void __launch_bounds__(32 * kWarps, kBackwardBlocks)
+    blend_backward_kernel(BlendBackwardParams p) {
   const BlendParams& f = p.forward;
   const int64_t row = int64_t{blockIdx.x} * kWarps + threadIdx.x / 32;
   if (row >= f.B * f.N) return;

@@ -316,14 +316,18 @@ def test_the_cuda_half_loads_without_a_gpu_and_adds_its_kernels():
         (13000, (9, 0), None),
         (13000, (12, 1), None),  # intermediate code
         (12080, (8, 0), "its CUDA half was built with CUDA 13.0, and the driver is for 12"),
-        (13000, (7, 5), "its CUDA half was built for architectures 80-real, 90a-real, 120, .* 75"),
-        (13000, (10, 0), "its CUDA half was built for .*, and this GPU is of 100"),
+        (
+            13000,
+            (7, 5),
+            "its CUDA half was built for 80-real, 90a-real, 120, and this GPU is sm_75",
+        ),
+        (13000, (10, 0), "its CUDA half was built for .*, and this GPU is sm_100"),
     ],
 )
 def test_a_gpu_that_the_cuda_half_was_not_built_for_is_named_as_the_reason(
     monkeypatch, driver, capability, reason
 ):
-    facts = {"cuda": "13.0", "cuda_architectures": "80-real, 90a-real, 120"}
+    facts = {"cuda": "13.0", "cuda_architectures": "80-real 90a-real 120"}
     monkeypatch.setattr(loading, "build_info", lambda: facts)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)

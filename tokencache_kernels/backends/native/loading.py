@@ -79,9 +79,11 @@ def refuse_gpu(device: torch.device) -> str | None:
         return f"its CUDA half was built with CUDA {facts['cuda']}, and the driver is for {driver}"
     major, minor = torch.cuda.get_device_capability(device)
     built = facts["cuda_architectures"]
-    if any(_runs_on(arch, major, minor) for arch in built.split(", ")):
+    if any(_runs_on(arch, major, minor) for arch in built.split()):
         return None
-    return f"its CUDA half was built for architectures {built}, and this GPU is of {major}{minor}"
+    return (
+        f"its CUDA half was built for {', '.join(built.split())}, and this GPU is sm_{major}{minor}"
+    )
 
 
 def _runs_on(arch: str, major: int, minor: int) -> bool:
