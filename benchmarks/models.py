@@ -12,7 +12,6 @@ import contextlib
 import faulthandler
 import importlib.util
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -39,7 +38,7 @@ from tokencache_kernels.policies import (
 
 from .kernels import has_failed, release_memory
 from .records import describe_run
-from .stages import MAX_SECONDS, Journal, Record, describe_error, work_through
+from .stages import MAX_SECONDS, Journal, Record, describe_error, in_time, work_through
 from .timing import capture, summarise, time_in_turn, time_parts
 
 if TYPE_CHECKING:
@@ -160,6 +159,11 @@ class Case:
         return replace(model, num_steps=8, samples=2, seconds=0) if self.rehearse else model
 
     @property
+    def seconds(self) -> int:
+        """What it takes at most, roughly."""
+        return self.model.seconds
+
+    @property
     def contenders(self) -> list[Contender]:
         """The dense model in a graph first: the others are compared with it."""
         on_gpu = self.device.type == "cuda"
@@ -241,9 +245,8 @@ def run_stage(options: argparse.Namespace, deadline: float) -> int:
         for case in list_cases(options.device, options.rehearse)
         if options.only in "/".join(case.key.values())
     ]
-    work_through(
-        journal, cases, partial(time_case_in_time, journal=journal, deadline=deadline), deadline
-    )
+    measure = in_time(partial(time_case, journal=journal), journal, deadline)
+    work_through(journal, cases, measure, deadline)
     print_table(journal.records)
     return has_failed(journal.records)
 
@@ -366,16 +369,6 @@ def best_attention(subject: "Subject") -> Iterator[str]:
 def _attend_by(implementation: SDPBackend, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     with sdpa_kernel(implementation):
         return F.scaled_dot_product_attention(query, key, value)
-
-
-def time_case_in_time(case: Case, journal: Journal, deadline: float) -> Iterator[Record]:
-    """The records of a case, or none if it would be broken off, and another call has more time."""
-    left, session = deadline - time.monotonic(), journal.facts["session"]
-    is_begun = any(record["session"] == session for record in journal.records)
-    if is_begun and left < case.model.seconds:
-        print(f"{left:.0f} s are too few for {'/'.join(case.key.values())}", flush=True)
-        return
-    yield from time_case(case, journal)
 
 
 def time_case(case: Case, journal: Journal) -> Iterator[Record]:

@@ -103,6 +103,27 @@ def work_through(
     print(f"{num_now} cases measured, {num_before} done before", flush=True)
 
 
+def in_time(
+    measure: Callable[[Any], Iterable[Record]], journal: Journal, deadline: float
+) -> Callable[[Any], Iterator[Record]]:
+    """Leave cases that time is too short for, by their ``seconds``, to another call of the stage.
+
+    The first of a call is measured all the same, or it never would be.
+    """
+
+    def measure_in_time(case: Any) -> Iterator[Record]:
+        left, session = deadline - time.monotonic(), journal.facts["session"]
+        is_begun = any(
+            record["session"] == session and "backend" in record for record in journal.records
+        )
+        if is_begun and left < case.seconds:
+            print(f"{left:.0f} s are too few for {' '.join(case.key.values())}", flush=True)
+        else:
+            yield from measure(case)
+
+    return measure_in_time
+
+
 def _or_error(measure: Callable[[Any], Iterable[Record]], case: Case) -> Iterator[Record]:
     """What ``measure`` yields of the case, and its error, if it ends in one."""
     try:

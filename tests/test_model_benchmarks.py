@@ -13,7 +13,7 @@ import torch
 
 pytest.importorskip("diffusers")
 
-from benchmarks import models, subjects
+from benchmarks import models, stages, subjects
 from benchmarks.published_models import apply_published
 from tokencache_kernels.integrations.diffusers import (
     apply,
@@ -228,19 +228,19 @@ def test_the_router_skips_half_early_more_than_late():
 
 
 def test_a_case_that_time_is_too_short_for_is_left_for_another_call(case, monkeypatch):
-    monkeypatch.setattr(models, "time_case", lambda case, journal: iter(["timed"]))
-    monkeypatch.setattr(models.time, "monotonic", lambda: 100.0)
+    monkeypatch.setattr(stages.time, "monotonic", lambda: 100.0)
     case = replace(case, rehearse=False)
 
     def take(seconds, records):
         journal = Namespace(facts={"session": "this"}, records=records)
-        return list(models.time_case_in_time(case, journal, 100.0 + seconds))
+        return list(stages.in_time(lambda case: ["timed"], journal, 100.0 + seconds)(case))
 
-    begun = [{"session": "this"}]
-    assert take(case.model.seconds + 1, begun) == ["timed"]
-    assert take(case.model.seconds - 1, begun) == []
+    begun = [{"session": "this", "backend": "torch"}]
+    assert take(case.seconds + 1, begun) == ["timed"]
+    assert take(case.seconds - 1, begun) == []
     # the first of a call is begun in any case, or none would ever be
-    assert take(case.model.seconds - 1, [{"session": "another"}]) == ["timed"]
+    assert take(case.seconds - 1, [{**begun[0], "session": "another"}]) == ["timed"]
+    assert take(case.seconds - 1, [{"session": "this", "case": "ceilings"}]) == ["timed"]
 
 
 def test_what_has_failed_is_not_tried_again(case):
