@@ -35,6 +35,9 @@ class ModelState:
     def __init__(self, models: Sequence[nn.Module]) -> None:
         modules = [module for model in models for module in model.modules()]
         self.settings = [_freeze(vars(module)) for module in modules]
+        # no modules: what they hold is not theirs alone
+        processors = (getattr(module, "processor", None) for module in modules)
+        self.settings += [_freeze(vars(one)) for one in processors if one is not None]
         self._parts = [
             parts
             for module in modules
@@ -72,6 +75,7 @@ class GraphHook(StatefulHook):
         super().__init__(contexts)
         self.counts = GraphCounts()
         self._models = models
+        self._signature = inspect.signature(type(models[0]).forward)
         self._capture = capture
         self._captured: dict[str, _Captured] = {}
 
@@ -84,12 +88,11 @@ class GraphHook(StatefulHook):
         """The transformer's output, with the same bits as without graphs."""
         device = next(transformer.parameters()).device
         self._check_call(device)
-        signature = inspect.signature(type(transformer).forward)
-        given = signature.bind(transformer, *arguments, **named).arguments
-        del given[next(iter(signature.parameters))]
+        given = self._signature.bind(transformer, *arguments, **named).arguments
+        del given["self"]
         described = describe_arguments(given, device)
         if self.state.runner.step.index == 0:
-            captured = self._begin_run(transformer, given, described)
+            captured = self._begin_run(device, given, described)
         else:
             captured = self._go_on(described)
         filled = captured.inputs.fill_(given)
@@ -107,10 +110,13 @@ class GraphHook(StatefulHook):
             refuse("a call", "be without autocast", "one that casts weights by itself")
 
     def _begin_run(
-        self, transformer: Any, given: Mapping[str, Any], described: Mapping[str, str]
+        self, device: torch.device, given: Mapping[str, Any], described: Mapping[str, str]
     ) -> _Captured:
         """Keep the graphs if nothing that they take for granted has changed since the last run."""
+        transformer, *others = self._models
         check_transformer(transformer)
+        for model in others:
+            model.to(device)
         name = self._contexts.context.name
         models = ModelState(self._models)
         captured = self._captured.get(name)
