@@ -21,6 +21,7 @@ from . import cases
 from .cases import Shape
 from .kernels import Case, has_failed, time_ops
 from .stages import Record
+from .summary import print_table
 
 Row = dict[str, Any]
 # where the stage ``install`` puts the records, which the table's rows name
@@ -35,6 +36,7 @@ def run_stage(options: argparse.Namespace, deadline: float) -> int:
     rows = order_attentions(records, name_architecture(options.device))
     table = merge(rows, json.loads(TABLE.read_text()))
     (options.out / "attention.json").write_text(json.dumps(table, indent=2) + "\n")
+    print_table(records)
     for row in rows:
         heads = f"heads up to {row['max_head_dim']}"
         print(f"{row['device']} {', '.join(row['dtypes'])}, {heads}: {', '.join(row['order'])}")

@@ -13,8 +13,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import groupby
-from operator import itemgetter
 from typing import Any
 
 import torch
@@ -25,7 +23,8 @@ from . import cases, published, tune
 from .cases import OPS, Inputs, Op, Shape, bind
 from .profiling import list_kernels, measure_peak_bytes
 from .records import describe_run
-from .stages import GO_ON, Journal, Record, describe, describe_error, work_through
+from .stages import GO_ON, Journal, Record, describe_error, work_through
+from .summary import print_table
 from .timing import capture, summarise, time_in_turn
 
 # a few roundings; the tests hold each backend to far less
@@ -94,7 +93,7 @@ class Way:
 
 
 def run_stage(options: argparse.Namespace, deadline: float) -> int:
-    """Time the ops; end with a table, and give what is left of the time to launch settings."""
+    """Time the ops, and give what is left of the time to launch settings; end with a table."""
     found = list_cases(options.device, options.rehearse)
     traced = [case for case in found if case.is_traced]
     is_done = open_traces(options).is_done
@@ -105,13 +104,14 @@ def run_stage(options: argparse.Namespace, deadline: float) -> int:
     status = has_failed(records)
     if tune.can_tune(options):
         status |= tune.run_stage(options, deadline)
+    print_table(records)
     return status
 
 
 def time_ops(
     stage: str, found: Sequence[Case], options: argparse.Namespace, deadline: float
 ) -> list[Record]:
-    """Time the cases that have no records yet; print the table of all, and return its records."""
+    """Time the cases that have no records yet; return the records of all."""
     facts = describe_run(options.device, options.commit, options.session)
     journal = Journal(options.out, stage, {**facts, "rehearsal": options.rehearse})
     found = select_cases(found, options)
@@ -123,7 +123,6 @@ def time_ops(
         rehearse=options.rehearse,
     )  # fmt: skip
     work_through(journal, found, measure, deadline)
-    print_table(journal.records)
     return journal.records
 
 
@@ -400,40 +399,3 @@ def prepare_run(calls: Sequence[Call], mode: str) -> Callable[[], None]:
 def name_dtype(dtype: torch.dtype) -> str:
     """``bfloat16``."""
     return str(dtype).removeprefix("torch.")
-
-
-def print_table(records: list[Record]) -> None:
-    """A line a case: the fastest of ours beside the published way as called and the fastest other.
-
-    In microseconds. ``dense`` is no other: it is what caching must beat, and stands by itself.
-    """
-    print(
-        f"\n{'microseconds':58}{'ours':>10} {'':26}{'bound':>5}{'published':>11}"
-        f"{'fastest other':>15} {'':22}{'dense':>9}"
-    )
-    timed = [record for record in records if "median_ms" in record]
-    for (name, shape, dtype), group in groupby(timed, key=itemgetter("case", "shape", "dtype")):
-        ways = sorted(group, key=itemgetter("median_ms"))
-        ours = next((way for way in ways if not way["baseline"]), None)
-        other = next((way for way in ways if way["baseline"] and way["backend"] != "dense"), None)
-        dense = next((way for way in ways if way["backend"] == "dense"), None)
-        called = (OPS[name].eager, "stream")
-        published_way = next((w for w in ways if (w["backend"], w["mode"]) == called), None)
-        share = f"{ours['share_of_ceiling']:.0%}" if ours else ""
-        print(
-            f"{f'{name} {shape} {dtype}':58}{show(ours, 10)} {say_who(ours):26}{share:>5}"
-            f"{show(published_way, 11)}{show(other, 15)} {say_who(other):22}{show(dense, 9)}"
-        )
-    for record in records:
-        if "error" in record and not record.get("baseline"):
-            print(describe(record))
-
-
-def show(record: Record | None, width: int) -> str:
-    """The microseconds, or a dash."""
-    return f"{'-':>{width}}" if record is None else f"{1e3 * record['median_ms']:{width}.1f}"
-
-
-def say_who(record: Record | None) -> str:
-    """Who took them."""
-    return "" if record is None else f"{record['backend']} {record['mode']}"
