@@ -10,7 +10,7 @@ and the scheduler's arithmetic, as a pipeline has them; text encoders and decode
 import argparse
 import contextlib
 import faulthandler
-import importlib.util
+import importlib
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -232,8 +232,10 @@ def make_token_cache(num_steps: int, num_layers: int, num_tokens: int) -> TokenC
 
 def run_stage(options: argparse.Namespace, deadline: float) -> int:
     """Time the cases that have no records yet until the deadline; end with a table."""
-    if importlib.util.find_spec("diffusers") is None:
-        print("models: diffusers must be installed, which builds the models, got none")
+    try:
+        importlib.import_module(".subjects", __package__)
+    except ImportError as error:
+        print(f"models: diffusers must be installed, which builds the models, got {error}")
         return 1
     if options.device.type != "cuda" and not options.rehearse:
         print("models: the device must be cuda, or the run a rehearsal, got full size on the CPU")

@@ -257,6 +257,7 @@ def test_the_stage_says_what_it_lacks(case, capsys, monkeypatch, tmp_path):
     assert models.run_stage(options, 0.0) == 1
     assert "the device must be cuda" in capsys.readouterr().out
 
-    monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    monkeypatch.delitem(sys.modules, "benchmarks.subjects")
     assert models.run_stage(options, 0.0) == 1
     assert "diffusers must be installed" in capsys.readouterr().out
