@@ -9,9 +9,12 @@ from tokencache_kernels.policies import (
     Action,
     FactorRouter,
     IntervalSchedule,
+    RandomSelector,
     ScoreSelector,
     Site,
+    Step,
     ToCaConfig,
+    random_tokens,
 )
 from tokencache_kernels.testing import randn
 
@@ -149,4 +152,69 @@ def test_a_run_that_changes_its_batch_is_refused():
     runner.end_step()
 
     with pytest.raises(CacheMissError, match=r"a batch of 2 with 12 tokens .* got a batch of 3"):
+        runner.begin_step((lane("mlp"),), 3, CPU)
+
+
+def test_a_new_run_begins_at_the_same_addresses_and_forgets():
+    runner = Runner(toca(staleness_weight=1.0), "reference")
+    states, sum_of_scores = [], []
+    for step in range(STEPS + 1):
+        begin(runner, lane("mlp"))
+        (selection,) = runner._selections
+        states.append((selection.tokens.scores, selection.tokens.staleness))
+        if step % STEPS == 0:
+            sum_of_scores.append(states[-1][0].sum().item())
+            assert states[-1][1].eq(0).all()
+            runner.store_scores(lane("mlp").sites[0], randn(B, N).abs())
+            runner.once("text", lambda step=step: torch.full((2,), float(step)))
+            assert runner.once("text", lambda: None).tolist() == [step, step]
+        runner.end_step()
+
+    assert all(one is other for one, other in zip(states[0], states[-1], strict=True))
+    assert sum_of_scores == [L * B * N] * 2
+
+
+def test_drawn_tokens_are_those_of_the_selector_in_each_lane():
+    runner = Runner(random_tokens(0.5, 3, STEPS, seed=4), "reference")
+    lanes = lane("cross"), lane("mlp", shares_scores=True)
+    for index in range(STEPS):
+        begin(runner, *lanes)
+        for one in lanes if index % 3 else ():
+            wanted, _ = RandomSelector(4).select_(
+                None, torch.zeros(L, B, N, dtype=torch.int32), None, N // 2, sites=one.sites,
+                step=Step(index, STEPS), backend="reference",
+            )  # fmt: skip
+            for site in one.sites:
+                assert torch.equal(runner.selection(site)[0], wanted[site.layer])
+        runner.end_step()
+
+
+def test_steps_that_launch_the_same_are_of_a_kind():
+    runner = Runner(toca(interval=3), "reference")
+    kinds = []
+    for _ in range(2 * STEPS):
+        begin(runner, lane("mlp"))
+        kinds.append(runner.kind)
+        runner.end_step()
+
+    # full, partial, partial
+    assert [kinds.index(kind) for kind in kinds] == [0, 1, 1] * 4
+
+
+def test_a_prepared_step_that_is_finished_is_over():
+    """As when a graph is replayed."""
+    runner, other = (Runner(toca(staleness_weight=1.0), "reference") for _ in range(2))
+    for one in (runner, other):
+        begin(one, lane("mlp"))
+        one.end_step()
+
+    runner.prepare_step()
+    runner.finish_step(frozenset({"text"}))
+    begin(other, lane("mlp"))
+    other.end_step()
+
+    assert runner.step == other.step
+    assert runner.known == {"text"}
+    begin(runner, lane("mlp"))
+    with pytest.raises(CacheMissError, match="got a batch of 3"):
         runner.begin_step((lane("mlp"),), 3, CPU)
