@@ -42,7 +42,8 @@ build: setup  # the native library alone, for work on csrc/
 lint: setup
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	clang-format --dry-run -Werror $(filter-out %.map,$(NATIVE)) tests/c_api/*.c tests/c_api/*.cpp examples/c_api/*.cpp
+	clang-format --dry-run -Werror $(filter-out %.map,$(NATIVE)) tests/c_api/*.c tests/c_api/*.cpp examples/c_api/*.cpp \
+	  $(filter %.h %.cpp %.cu %.cuh,$(wildcard tests/cuda_emulator/* tests/cuda_emulator/*/*))
 
 types: setup
 	$(PY) -m mypy
@@ -56,13 +57,15 @@ test: lint types compile-check  # everything that needs no GPU
 
 # Python loads AddressSanitizer first; and libstdc++, whose exceptions it must find from the start.
 ASAN = $(foreach name,libasan.so libstdc++.so,$(shell $${CXX:-c++} -print-file-name=$(name)))
-sanitize: setup  # the C++ tests under ASan + UBSan and under TSan, then the fuzz under ASan + UBSan
+sanitize: setup  # the C++ tests under ASan + UBSan and under TSan, the fuzz and CUDA's under ASan
 	for preset in asan tsan; do \
 	  cmake --preset $$preset && cmake --build --preset $$preset && ctest --preset $$preset || exit 1; \
 	done
 	LD_PRELOAD="$(ASAN)" ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 \
 	TOKENCACHE_C_LIBRARY=build/asan/libtokencache.so TOKENCACHE_FUZZ_EXAMPLES=1000 \
 	  $(PY) -m pytest tests/c_api/test_fuzz.py -s -k hostile
+	LD_PRELOAD="$(ASAN)" ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 CXXFLAGS=-fsanitize=address \
+	  $(PY) -m pytest tests/backends/test_cuda_kernels.py -s
 
 package: setup  # the wheel, by way of the sdist, in a fresh environment
 	$(PY) -m pytest tests/fresh_environment.py

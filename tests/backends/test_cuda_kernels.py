@@ -83,10 +83,10 @@ def emulated_library(tmp_path_factory):
     headers = find_cuda_headers()
     if compiler is None or headers is None or sys.platform != "linux":
         pytest.skip("it needs Linux, g++ and the headers of a CUDA toolkit")
+    sources = sorted([*(ROOT / "csrc").rglob("*.*"), *EMULATOR.rglob("*.*"), Path(__file__)])
     digest = hashlib.sha256(torch.__version__.encode() + os.environ.get("CXXFLAGS", "").encode())
-    for folder in (ROOT / "csrc", EMULATOR, Path(__file__).parent):
-        for source in sorted(folder.rglob("*.*")):
-            digest.update(source.read_bytes() if source.is_file() else b"")
+    for source in sources:
+        digest.update(source.read_bytes())
     folder = tmp_path_factory.getbasetemp().parent / f"cuda-emulator-{digest.hexdigest()[:16]}"
     folder.mkdir(exist_ok=True)
     library = folder / "libemulated.so"
@@ -112,6 +112,12 @@ def emulated_ops(emulated_library):
             library.define(schema)
         torch.ops.load_library(emulated_library)
         yield getattr(torch.ops, NAMESPACE)
+
+
+@pytest.fixture
+def device():
+    """Where the emulated kernels run, also where there is a GPU."""
+    return "cpu"
 
 
 @pytest.fixture

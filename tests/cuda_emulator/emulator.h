@@ -1,5 +1,8 @@
 #pragma once
 
+// Comes before every file of csrc/cuda when a compiler for the CPU takes it: what nvcc would know.
+// The toolkit's headers give the types; here is what threads see, and what they do together.
+
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -11,9 +14,6 @@
 #include <functional>
 #include <tuple>
 #include <utility>
-
-// Comes before every file of csrc/cuda when a compiler for the CPU takes it: what nvcc would know.
-// The toolkit's headers give the types; here is what threads see, and what they do together.
 
 // Blocks run one after another in one thread of the CPU. Unlike a static variable, one of a thread
 // may also be declared extern, and lies with all others in one piece of memory: it is filled with
@@ -51,7 +51,7 @@ cudaError_t set_limit_of_shared_memory(const void* kernel, int bytes);
 cudaError_t run(const cudaLaunchConfig_t& config, const void* kernel,
                 const std::function<void()>& run_thread);
 
-// What lane takes the value of lane source(lane).
+// The value that the lane with number source gives.
 template <class T>
 T shuffle(unsigned mask, T value, int source) {
   struct Lane {
