@@ -23,7 +23,7 @@ from . import cases, published, tune
 from .cases import OPS, Inputs, Op, Shape, bind
 from .profiling import list_kernels, measure_peak_bytes
 from .records import describe_run
-from .stages import GO_ON, Journal, Record, describe_error, work_through
+from .stages import GO_ON, Journal, Record, describe_error, in_time, work_through
 from .summary import print_table
 from .timing import capture, summarise, time_in_turn
 
@@ -31,6 +31,8 @@ from .timing import capture, summarise, time_in_turn
 MAX_ERROR = 2e-2
 # what a sample lasts, at least
 SAMPLE_SECONDS = 0.005
+# what a case may take in which the compiler tries many ways to multiply
+COMPILED_SECONDS = 45
 
 Call = Callable[[], Any]
 
@@ -74,6 +76,11 @@ class Case:
     def key(self) -> Record:
         """What its records have in common."""
         return {"case": self.op.name, "shape": self.shape.name, "dtype": name_dtype(self.dtype)}
+
+    @property
+    def seconds(self) -> int:
+        """What it may take; not begun with less time left, it is not lost halfway."""
+        return COMPILED_SECONDS if self.is_leading else 5
 
 
 @dataclass(frozen=True)
@@ -122,7 +129,7 @@ def time_ops(
         time_case, ceilings=ceilings, device=options.device, journal=journal,
         rehearse=options.rehearse,
     )  # fmt: skip
-    work_through(journal, found, measure, deadline)
+    work_through(journal, found, in_time(measure, journal, deadline), deadline)
     return journal.records
 
 
