@@ -8,6 +8,7 @@ by its own code: nothing is counted a second time.
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import replace
+from math import prod
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ _OURS = "tokencache_kernels::"
 # what allocates, or tells the trace of a view from another
 _FREE = {
     "aten::_unsafe_view", "aten::empty", "aten::empty_like", "aten::empty_strided",
-    "aten::new_empty", "aten::promote_types",
+    "aten::new_empty", "aten::promote_types", "prim::device",
 }  # fmt: skip
 
 
@@ -41,10 +42,13 @@ class _Dispatch(TorchDispatchMode):
         self._kernels = kernels
 
     def __torch_dispatch__(self, op, types, arguments=(), named=None):
-        result = op(*arguments, **(named or {}))
         name = op._schema.name
+        if name == "aten::_local_scalar_dense":
+            # a check that values are right: there are none, and they are
+            return True
+        result = op(*arguments, **(named or {}))
         if not (op.is_view or name in _FREE):
-            self._kernels.append(_PRICED.get(name, _pass)(name, arguments, result))
+            self._kernels += _COUNTED.get(name, _count_pass)(name, arguments, result)
         return result
 
 
@@ -61,8 +65,7 @@ class _Functions(TorchFunctionMode):
         return function(*arguments, **(named or {}))
 
     def _attend(self, query, key, value, *_, **__):
-        with torch._C._DisableTorchDispatch():
-            result = torch.empty_like(query)
+        result = torch.empty_like(query)
         B, H, S, E = query.shape
         flops = 4 * B * H * S * key.shape[2] * E
         num_bytes = count_bytes((query, key, value, result))
@@ -79,7 +82,7 @@ def count_bytes(values: Any) -> int:
     )
 
 
-def _pass(name: str, arguments: Any, result: Any) -> Kernel:
+def _count_pass(name: str, arguments: Any, result: Any) -> list[Kernel]:
     """All inputs read; all results written, which are an input where the op works in place."""
     written = result
     if result is None:
@@ -87,83 +90,112 @@ def _pass(name: str, arguments: Any, result: Any) -> Kernel:
         written = arguments[0]
     elif name == f"{_OURS}row_pass_":
         written = (arguments[0], result)
-    num_bytes = count_bytes(arguments) + count_bytes(written)
-    return Kernel(name, num_bytes, is_ours=name.startswith(_OURS))
+    return [_make(name, count_bytes(arguments) + count_bytes(written))]
 
 
-def _take(name: str, arguments: Any, result: Any) -> Kernel:
+def _count_gather(name: str, arguments: Any, result: Any) -> list[Kernel]:
     """The rows of the result, read and written."""
-    return Kernel(name, 2 * count_bytes(result), is_ours=name.startswith(_OURS))
+    return [_make(name, 2 * count_bytes(result))]
 
 
-def _put(name: str, arguments: Any, result: Any) -> Kernel:
+def _count_scatter(name: str, arguments: Any, result: Any) -> list[Kernel]:
     """The rows of the last tensor, read and written."""
     rows = [value for value in arguments if isinstance(value, Tensor)][-1]
-    return Kernel(name, 2 * count_bytes(rows), is_ours=name.startswith(_OURS))
+    return [_make(name, 2 * count_bytes(rows))]
 
 
-def _fill(name: str, arguments: Any, result: Any) -> Kernel:
+def _count_fill(name: str, arguments: Any, result: Any) -> list[Kernel]:
     """What is copied, if anything, and the result, which is not read."""
-    return Kernel(name, count_bytes(arguments[1:]) + count_bytes(result))
+    return [_make(name, count_bytes(arguments[1:]) + count_bytes(result))]
 
 
-def _multiply(name: str, arguments: Any, result: Tensor) -> Kernel:
+def _count_product(name: str, arguments: Any, result: Tensor) -> list[Kernel]:
     """A library's product; the last two arguments are its factors."""
     a, b = arguments[-2:]
-    return _product(name, (a.shape[:-2].numel(), *a.shape[-2:], b.shape[-1]), arguments, result)
+    sizes = a.shape[:-2].numel(), a.shape[-2], b.shape[-1], a.shape[-1]
+    return [_make(name, count_bytes((arguments, result)), product=sizes)]
 
 
-def _convolve(name: str, arguments: Any, result: Tensor) -> Kernel:
+def _count_convolution(name: str, arguments: Any, result: Tensor) -> list[Kernel]:
     """Of patches that do not overlap: a product."""
     weight = arguments[1]
-    rows, columns = result.numel() // weight.shape[0], weight.shape[0]
-    return _product(name, (1, rows, weight[0].numel(), columns), arguments, result)
+    columns, depth = weight.shape[0], weight[0].numel()
+    sizes = 1, result.numel() // columns, columns, depth
+    return [_make(name, count_bytes((arguments, result)), product=sizes)]
 
 
-def _linear(name: str, arguments: Any, result: Any) -> Kernel:
-    """Our product of packed rows, whose weight is the second argument after them."""
-    x, weight = arguments[2:4] if name.endswith("scatter_") else arguments[:2]
-    indices = arguments[4] if name.endswith("::linear") else None
-    rows = (x if indices is None else indices[..., None]).shape[:-1].numel()
-    columns, depth = weight.shape
-    return replace(make_product(name, rows, columns, depth), is_ours=True)
+def _count_linear(name: str, arguments: Any, result: Tensor) -> list[Kernel]:
+    """Our product of packed rows, or of rows that it gathers."""
+    x, weight, _, _, indices, *_ = arguments
+    rows = x.shape[:-1].numel() if indices is None else indices.numel()
+    return [_make_product(name, rows, *weight.shape)]
 
 
-def _attend(name: str, arguments: Any, result: Any) -> Kernel:
+def _count_linear_scatter(name: str, arguments: Any, result: None) -> list[Kernel]:
+    """Our product whose rows are scattered."""
+    _, _, x, weight, *_ = arguments
+    return [_make_product(name, x.shape[:-1].numel(), *weight.shape)]
+
+
+def _count_mlp(name: str, arguments: Any, result: None) -> list[Kernel]:
+    """The rows, then the two products."""
+    _, _, indices, _, _, fc1, _, fc2, *_ = arguments
+    rows = indices.numel()
+    packed = 2 * rows * fc1.shape[1] * fc1.element_size()
+    products = [_make_product(name, rows, *weight.shape) for weight in (fc1, fc2)]
+    return [_make(name, packed), *products]
+
+
+def _count_projection(name: str, arguments: Any, result: Tensor) -> list[Kernel]:
+    """Queries, keys and values in one product."""
+    _, _, x, indices, weights, *_ = arguments
+    rows = x.shape[:-1].numel() if indices is None else indices.numel()
+    columns = sum(weight.shape[0] for weight in weights)
+    return [_make_product(name, rows, columns, weights[0].shape[1])]
+
+
+def _count_attention(name: str, arguments: Any, result: Any) -> list[Kernel]:
     """Our attention, (B, S, H, E)."""
     query, key = arguments[:2]
     flops = 4 * query.numel() * key.shape[1]
-    num_bytes = count_bytes((arguments, result))
-    return Kernel(name, num_bytes, flops, rate="attention_flops", is_ours=True)
+    return [_make(name, count_bytes((arguments, result)), flops, rate="attention_flops")]
 
 
-def _receive(name: str, arguments: Any, result: Any) -> Kernel:
+def _count_received(name: str, arguments: Any, result: Any) -> list[Kernel]:
     """The products of queries and keys: once more after a forward, twice without its sums."""
     query, key, lse = arguments[:3]
     flops = (4 if lse is None else 2) * query.numel() * key.shape[1]
-    num_bytes = count_bytes((arguments, result))
-    return Kernel(name, num_bytes, flops, rate="received_flops", is_ours=True)
+    return [_make(name, count_bytes((arguments, result)), flops, rate="received_flops")]
 
 
-def _product(name: str, sizes: tuple[int, ...], arguments: Any, result: Tensor) -> Kernel:
-    """``sizes``: how many, rows, depth and columns of each."""
-    count, rows, depth, columns = sizes
-    flops = 2 * count * rows * depth * columns
-    num_bytes = count_bytes((arguments, result))
-    return Kernel(name, num_bytes, flops, product=(count, rows, columns, depth))
+def _make_product(name: str, rows: int, columns: int, depth: int) -> Kernel:
+    return replace(make_product(name, rows, columns, depth), is_ours=True)
 
 
-_PRICED: dict[str, Callable[[str, Any, Any], Kernel]] = {
-    **dict.fromkeys(("aten::mm", "aten::addmm", "aten::bmm", "aten::_addmm_activation"), _multiply),
-    "aten::convolution": _convolve,
-    **dict.fromkeys(("aten::gather", "aten::embedding", "aten::index_select"), _take),
-    **dict.fromkeys(("aten::scatter_", "aten::index_copy_"), _put),
-    **dict.fromkeys(("aten::copy_", "aten::fill_", "aten::zero_"), _fill),
-    f"{_OURS}gather_rows": _take,
-    f"{_OURS}scatter_rows_": _put,
-    f"{_OURS}linear": _linear,
-    f"{_OURS}linear_scatter_": _linear,
-    f"{_OURS}attention": _attend,
-    f"{_OURS}attention_with_entropy": _attend,
-    f"{_OURS}attention_received": _receive,
+def _make(
+    name: str, num_bytes: int, flops: int = 0, product: Any = None, rate: str = "flops"
+) -> Kernel:
+    if product is not None:
+        flops = 2 * prod(product)
+    return Kernel(name, num_bytes, flops, product, rate, is_ours=name.startswith(_OURS))
+
+
+_COUNTED: dict[str, Callable[[str, Any, Any], list[Kernel]]] = {
+    **dict.fromkeys(
+        ("aten::mm", "aten::addmm", "aten::bmm", "aten::_addmm_activation"), _count_product
+    ),
+    "aten::convolution": _count_convolution,
+    **dict.fromkeys(("aten::gather", "aten::embedding", "aten::index_select"), _count_gather),
+    **dict.fromkeys(("aten::scatter_", "aten::index_copy_"), _count_scatter),
+    **dict.fromkeys(("aten::copy_", "aten::fill_", "aten::zero_"), _count_fill),
+    f"{_OURS}gather_rows": _count_gather,
+    f"{_OURS}gather_modulate": _count_gather,
+    f"{_OURS}scatter_rows_": _count_scatter,
+    f"{_OURS}linear": _count_linear,
+    f"{_OURS}linear_scatter_": _count_linear_scatter,
+    f"{_OURS}mlp_": _count_mlp,
+    f"{_OURS}project_qkv_": _count_projection,
+    f"{_OURS}attention": _count_attention,
+    f"{_OURS}attention_with_entropy": _count_attention,
+    f"{_OURS}attention_received": _count_received,
 }
