@@ -245,6 +245,24 @@ def test_each_sample_may_have_a_timestep_of_its_own():
     torch.testing.assert_close(out, wanted, rtol=1e-5, atol=1e-5)
 
 
+def test_sigmas_are_timesteps_but_for_their_rounding():
+    """As they are handed over by samplers that divide no timestep."""
+    family = Flux()
+    model, plain = make(family, precomputed=False), make(family, precomputed=False)
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    scheduler.set_timesteps(50)
+    precompute_modulation(model, scheduler)
+    conditioning = family.conditioning()
+    rounded = scheduler.timesteps / 1000 != scheduler.sigmas[:-1]
+    assert rounded.any()
+
+    for sigma in scheduler.sigmas[:-1][rounded][:3]:
+        inputs = family.inputs(0) | {"timestep": sigma.expand(family.batch)} | conditioning
+        with torch.no_grad():
+            out, wanted = model(**inputs).sample, plain(**inputs).sample
+        torch.testing.assert_close(out, wanted, rtol=1e-4, atol=1e-4)
+
+
 def test_one_row_of_conditioning_serves_every_batch():
     model, plain = make(DiT()), make(DiT(), precomputed=False)
     labels = DiT(batch=1).conditioning(4)

@@ -24,6 +24,8 @@ from .hooks import Contexts, StatefulHook, announce_hooks, register
 logger = logging.getLogger(__name__)
 
 _HOOK_NAME = "tokencache_kernels_modulation"
+# a division by 1000 may round otherwise on another device, and sigmas are timesteps before it
+_SLACK = 4 * torch.finfo(torch.float32).eps
 # how many vectors a norm makes of the embedding, by class
 _NUM_VECTORS = {"AdaLayerNormZero": 6, "AdaLayerNormZeroSingle": 3, "AdaLayerNormContinuous": 2}
 
@@ -169,7 +171,7 @@ class _ModulationState(BaseState):  # type: ignore[misc]
             fail("precompute_modulation", "transformer", "be in evaluation mode", "training mode")
         self._times = self._model.scale_timesteps(self._scheduler.timesteps.to(timestep))
         # the one time in a run that the host waits; later calls are told by NaN
-        if not (self._times[:, None] == timestep).any(0).all():
+        if not self._find_steps(timestep).any(0).all():
             wanted = "be the scheduler's, as diffusers' pipelines hand them over"
             fail("precompute_modulation", "timestep", wanted, timestep.tolist())
         self._conditioning = [given.clone() for given in conditioning]
@@ -183,9 +185,14 @@ class _ModulationState(BaseState):  # type: ignore[misc]
         logger.debug("precompute_modulation: %d steps, batch %d: %d bytes", T, B, table.nbytes)
         return table
 
+    def _find_steps(self, timestep: Tensor) -> Tensor:
+        """Which steps of the scheduler have the timestep of each sample, (T, B)."""
+        times = self._times[:, None]
+        return (times - timestep).abs() <= _SLACK * times.abs()
+
     def _find_rows(self, timestep: Tensor, conditioning: tuple[Tensor, ...]) -> Tensor:
         """The row of each sample in the table, (B,)."""
-        is_right = self._times[:, None] == timestep  # (T, B)
+        is_right = self._find_steps(timestep)
         for given, known in zip(conditioning, self._conditioning, strict=True):
             is_right = is_right & (given == known).reshape(len(given), -1).all(1)
         return torch.where(is_right, self._rows, self._rows.numel()).amin(0)
