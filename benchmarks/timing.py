@@ -96,8 +96,13 @@ def capture(run: Callable[[], object]) -> Callable[[], None]:
         run()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        run()
+    current = torch.cuda.current_stream()
+    try:
+        with torch.cuda.graph(graph, stream=stream):
+            run()
+    finally:
+        # a capture that fails would stay on its own
+        torch.cuda.set_stream(current)
     return graph.replay
 
 

@@ -87,6 +87,23 @@ def test_a_rehearsal_is_recorded_and_logged_and_not_repeated(tmp_path):
     assert [record for record in again if record["case"] == "gather_rows"] == timed
 
 
+def test_pytest_benchmark_times_the_same_cases(tmp_path):
+    file = tmp_path / "benchmark.json"
+    command = [
+        *(sys.executable, "-m", "pytest", "benchmarks", "--benchmark-only", "-k", "gather_rows-"),
+        f"--benchmark-json={file}",
+    ]
+
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+    assert done.returncode == 0, done.stdout
+    timed = json.loads(file.read_text())["benchmarks"]
+    assert {"eager", "native"} <= {found["extra_info"]["backend"] for found in timed}
+    for found in timed:
+        assert found["stats"]["rounds"] == 30
+        assert found["extra_info"].keys() >= {"bytes", "flops", "device", "torch", "input_sets"}
+
+
 # the process above, which sees to it that work goes on
 
 
