@@ -1,10 +1,14 @@
 """Graphs without a model: the tape that stands for CUDA, the inputs, and what goes wrong."""
 
+from contextlib import contextmanager
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from tokencache_kernels import ops
 from tokencache_kernels.blocks import (
+    CudaCapture,
     GraphCounts,
     Runner,
     StaticInputs,
@@ -25,7 +29,7 @@ def test_a_capture_has_no_effect_and_a_replay_has_it_once():
         counter[1:].add_(1)
         return (given * 2).view(3, 1)
 
-    replay = Tape().capture(launch)
+    replay = Tape().capture(launch, CPU)
 
     assert counter.tolist() == [0, 0, 0]
     for count in (1, 2):
@@ -37,7 +41,7 @@ def test_a_capture_has_no_effect_and_a_replay_has_it_once():
 def test_a_replay_writes_what_an_op_writes():
     features, indices = torch.zeros(1, 4, 2), torch.tensor([[0, 3]], dtype=torch.int32)
     rows = randn(1, 2, 2)
-    replay = Tape().capture(lambda: ops.scatter_rows_(features, indices, rows + 1))
+    replay = Tape().capture(lambda: ops.scatter_rows_(features, indices, rows + 1), CPU)
 
     indices.copy_(torch.tensor([[1, 2]]))
     replay()
@@ -53,7 +57,7 @@ def test_what_is_kept_from_a_capture_does_not_hold():
         kept.append(given + 1)
         return kept[0] * 2
 
-    replay = Tape().capture(launch)
+    replay = Tape().capture(launch, CPU)
 
     assert kept[0].isnan().all()
     assert torch.equal(replay(), (given + 1) * 2)
@@ -73,7 +77,7 @@ def test_what_is_kept_from_a_capture_does_not_hold():
 )
 def test_what_a_graph_cannot_hold_is_an_error(wait):
     with pytest.raises(RuntimeError, match="operation not permitted when stream is capturing"):
-        Tape().capture(lambda: wait(torch.ones(2)))
+        Tape().capture(lambda: wait(torch.ones(2)), CPU)
 
 
 def test_inputs_stay_where_they_are_in_containers_of_their_own():
@@ -104,13 +108,55 @@ def test_arguments_are_described_by_name():
     }
 
 
+class FakeGraph:
+    """A CUDA graph that holds nothing."""
+
+    def __init__(self):
+        self.num_replays = 0
+
+    def pool(self):
+        return self.of
+
+    def replay(self):
+        self.num_replays += 1
+
+
+def test_cuda_graphs_share_a_pool_and_a_stream_while_one_of_them_lives(monkeypatch):
+    """What can be said of the dozen lines that need a GPU."""
+    entered = []
+
+    @contextmanager
+    def enter(graph, pool, stream, capture_error_mode):
+        graph.of = pool or f"pool {len(entered)}"
+        entered.append((graph.of, stream))
+        yield
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: SimpleNamespace(device=device))
+    monkeypatch.setattr(torch.cuda, "graph", enter)
+    capture, device, output = CudaCapture(), torch.device("cuda:1"), torch.zeros(2)
+
+    replays = [capture.capture(lambda: (output,), device) for _ in range(2)]
+    output += 1
+    (copied,) = replays[0]()
+    replays.clear()
+    capture.capture(lambda: output, device)
+
+    assert torch.equal(copied, output)
+    assert copied is not output
+    assert [pool for pool, _ in entered] == ["pool 0", "pool 0", "pool 2"]
+    assert all(stream is entered[0][1] and stream.device == device for _, stream in entered)
+    assert capture.refusal(device) is None
+
+
 class Failing:
     """Ends a capture with an error of its own if there was one inside, as CUDA does."""
 
     def refusal(self, device):
         return None
 
-    def capture(self, launch):
+    def capture(self, launch, device):
         try:
             return launch()
         except Exception as error:
@@ -131,7 +177,7 @@ class Failing:
     ],
 )
 def test_the_first_error_of_a_capture_is_the_one_told(error, caught, sentence):
-    runner, graphs = Runner(fora(2, 4)), StepGraphs(Failing(), GraphCounts())
+    runner, graphs = Runner(fora(2, 4)), StepGraphs(Failing(), CPU, GraphCounts())
 
     def launch():
         runner.begin_step((), 1, CPU)

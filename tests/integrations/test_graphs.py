@@ -510,7 +510,7 @@ class MetaCapture:
     def refusal(self, device):
         return None
 
-    def capture(self, launch):
+    def capture(self, launch, device):
         with _HostWatch():
             output = launch()
         return lambda: output

@@ -22,8 +22,8 @@ class Capture(Protocol):
     def refusal(self, device: torch.device) -> str | None:
         """Why nothing can be captured on ``device``, or None."""
 
-    def capture(self, launch: Callable[[], T]) -> Callable[[], T]:
-        """Call ``launch`` once, and let nothing that it launches run.
+    def capture(self, launch: Callable[[], T], device: torch.device) -> Callable[[], T]:
+        """Call ``launch`` once, and let nothing run that it launches on ``device``.
 
         The result runs that. It returns a copy of what ``launch`` returned: what is allocated
         inside lies in memory that all graphs share.
@@ -36,19 +36,23 @@ class CudaCapture:
     def __init__(self) -> None:
         if not torch.cuda.is_available():
             refuse("the machine", "have a CUDA device", "one without")
-        # a pool is gone with the last of its graphs
+        # a pool is gone with the last of its graphs; what is free in it is so for one stream
         self._graphs: WeakSet[torch.cuda.CUDAGraph] = WeakSet()
+        self._stream: torch.cuda.Stream | None = None
 
     def refusal(self, device: torch.device) -> str | None:
         """See ``Capture``."""
         return None if device.type == "cuda" else f"{device}"
 
-    def capture(self, launch: Callable[[], T]) -> Callable[[], T]:
+    def capture(self, launch: Callable[[], T], device: torch.device) -> Callable[[], T]:
         """See ``Capture``."""
+        if self._stream is None or self._stream.device != device:
+            self._stream = torch.cuda.Stream(device)
         graph = torch.cuda.CUDAGraph()
         pool = next((other.pool() for other in self._graphs), None)
         # other threads may allocate meanwhile
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        mode = "thread_local"
+        with torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode=mode):
             output = launch()
         self._graphs.add(graph)
 
@@ -124,8 +128,9 @@ class StepGraphs:
     and loads libraries. The second is captured, and its graph replayed from then on.
     """
 
-    def __init__(self, capture: Capture, counts: GraphCounts) -> None:
+    def __init__(self, capture: Capture, device: torch.device, counts: GraphCounts) -> None:
         self._capture = capture
+        self._device = device
         self._counts = counts
         # by kind: None where it has run; what replays it, and what is known once behind it
         self._graphs: dict[Hashable, tuple[Callable[[], Any], frozenset[Hashable]] | None] = {}
@@ -176,7 +181,7 @@ class StepGraphs:
                 raise
 
         try:
-            return self._capture.capture(launch_and_tell)
+            return self._capture.capture(launch_and_tell, self._device)
         except Exception as error:
             # the end of a capture that has failed may fail in turn
             cause = errors[0] if errors else error

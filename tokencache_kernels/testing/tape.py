@@ -23,8 +23,8 @@ class Tape:
 
     As with CUDA, a capture has no effect: what it has written to outside tensors is undone. A
     replay runs the recorded calls of ops, on the very tensors of the capture, and no Python of the
-    model. Behind it everything that was allocated inside is overwritten by NaN, or by the largest
-    integer, since other graphs use the same memory: whoever keeps such a tensor finds that.
+    model. Behind it everything that was allocated inside is overwritten, by NaN or -1, since other
+    graphs use the same memory: whoever keeps such a tensor finds that.
 
     Attributes:
         num_replays: how often something was replayed.
@@ -37,7 +37,7 @@ class Tape:
         """See ``blocks.Capture``."""
         return None if device.type == "cpu" else f"{device}"
 
-    def capture(self, launch: Callable[[], T]) -> Callable[[], T]:
+    def capture(self, launch: Callable[[], T], device: torch.device) -> Callable[[], T]:
         """See ``blocks.Capture``."""
         recorder = _Recorder()
         try:

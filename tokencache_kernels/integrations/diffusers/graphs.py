@@ -125,7 +125,7 @@ class GraphHook(StatefulHook):
             or captured.arguments != described
             or captured.models.settings != models.settings
         ):
-            steps = StepGraphs(self._capture, self.counts)
+            steps = StepGraphs(self._capture, device, self.counts)
             captured = _Captured(steps, StaticInputs(given), described, models)
             self._captured[name] = captured
         return captured
