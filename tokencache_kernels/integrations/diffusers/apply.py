@@ -88,7 +88,7 @@ def remove_token_cache(transformer: nn.Module) -> None:
 
 
 def reset_token_cache(transformer: nn.Module) -> None:
-    """Forget all features and begin a new run, in every cache context.
+    """Forget all features and captured steps and begin a new run, in every cache context.
 
     Needed only after a run that was broken off: a run that reaches its last step ends by itself.
     """
