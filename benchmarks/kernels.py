@@ -62,15 +62,15 @@ class Ceilings:
 class Case:
     """One op at one shape in one dtype.
 
-    ``is_leading``: it is timed as ``torch.compile`` makes it, too. ``is_traced``: what each
-    contender runs is listed.
+    ``is_leading``: it is timed as ``torch.compile`` makes it, too, and what each contender runs is
+    listed. ``is_first``: before other cases are timed.
     """
 
     op: Op
     shape: Shape
     dtype: torch.dtype
     is_leading: bool
-    is_traced: bool = False
+    is_first: bool = False
 
     @property
     def key(self) -> Record:
@@ -102,12 +102,9 @@ class Way:
 def run_stage(options: argparse.Namespace, deadline: float) -> int:
     """Time the ops, and give what is left of the time to launch settings; end with a table."""
     found = list_cases(options.device, options.rehearse)
-    traced = [case for case in found if case.is_traced]
-    is_done = open_traces(options).is_done
-    if not all(is_done(case.key) for case in select_cases(traced, options)):
-        time_ops("kernels", traced, options, deadline)
-        trace_ops(traced, options, deadline)
-    records = time_ops("kernels", found, options, deadline)
+    for group in ([case for case in found if case.is_first], found):
+        records = time_ops("kernels", group, options, deadline)
+        trace_ops([case for case in group if case.is_leading], options, deadline)
     status = has_failed(records)
     if tune.can_tune(options):
         status |= tune.run_stage(options, deadline)
@@ -123,7 +120,8 @@ def time_ops(
     journal = Journal(options.out, stage, {**facts, "rehearsal": options.rehearse})
     found = select_cases(found, options)
     # another process may be here for the table alone
-    dtypes = {case.dtype for case in found} if time.monotonic() < deadline else set()
+    todo = [case for case in found if not journal.is_done(case.key)]
+    dtypes = {case.dtype for case in todo} if time.monotonic() < deadline else set()
     ceilings = measure_all_ceilings(dtypes, options, journal)
     measure = partial(
         time_case, ceilings=ceilings, device=options.device, journal=journal,
@@ -162,7 +160,7 @@ def list_cases(device: torch.device, rehearse: bool) -> list[Case]:
             shape,
             dtype,
             is_leading=shape in leading,
-            is_traced=shape in leading[:2] and ops is cases.KEY_OPS,
+            is_first=shape in leading[:2] and ops is cases.KEY_OPS,
         )
         for shapes in groups
         for ops in (cases.KEY_OPS, others)
@@ -269,21 +267,17 @@ def time_case(
         yield {**record, "share_of_ceiling": ceilings[dtype].share(record)}
 
 
-def open_traces(options: argparse.Namespace) -> Journal:
-    """The records of what contenders run."""
-    facts = describe_run(options.device, options.commit, options.session)
-    return Journal(options.out, "traces", {**facts, "rehearsal": options.rehearse})
-
-
 def trace_ops(found: Sequence[Case], options: argparse.Namespace, deadline: float) -> None:
     """List what the contenders of these cases run; then another process goes on, if there is time.
 
     What a profiler leaves behind in a process may slow down every launch.
     """
-    journal = open_traces(options)
+    facts = describe_run(options.device, options.commit, options.session)
+    journal = Journal(options.out, "traces", {**facts, "rehearsal": options.rehearse})
+    todo = [case for case in select_cases(found, options) if not journal.is_done(case.key)]
     measure = partial(trace_case, device=options.device, journal=journal, rehearse=options.rehearse)
-    work_through(journal, select_cases(found, options), measure, deadline)
-    if time.monotonic() < deadline:
+    work_through(journal, todo, in_time(measure, journal, deadline), deadline)
+    if todo and time.monotonic() < deadline:
         raise SystemExit(GO_ON)
 
 

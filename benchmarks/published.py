@@ -29,6 +29,17 @@ def scatter_rows_(cache, fresh, rows):
     return cache.scatter_(1, _columns(fresh, cache), rows)
 
 
+def gather_rows_by_index(x, flat_fresh):
+    """With one index a row, of the tokens of all samples in a row."""
+    rows = x.flatten(0, 1).index_select(0, flat_fresh)
+    return rows.unflatten(0, (len(x), -1))
+
+
+def scatter_rows_by_index_(cache, flat_fresh, rows):
+    cache.flatten(0, 1).index_copy_(0, flat_fresh, rows.flatten(0, 1))
+    return cache
+
+
 def _columns(fresh, x):
     return fresh[..., None].expand(-1, -1, x.shape[-1])
 
@@ -126,6 +137,10 @@ def linear_gathered(x, fresh, fc1, fc1_bias):
 
 def linear_scatter_(cache, fresh, hidden, fc2, fc2_bias):
     return scatter_rows_(cache, fresh, F.linear(hidden, fc2, fc2_bias))
+
+
+def linear_scatter_by_index_(cache, flat_fresh, hidden, fc2, fc2_bias):
+    return scatter_rows_by_index_(cache, flat_fresh, F.linear(hidden, fc2, fc2_bias))
 
 
 def mlp_(cache, x, fresh, shift, scale, fc1, fc1_bias, fc2, fc2_bias):

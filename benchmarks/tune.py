@@ -14,6 +14,9 @@ from typing import Any
 from .records import describe_run
 from .stages import Journal, Record, work_through
 
+# where the stage ``install`` puts the records of what is in the file
+RECORDS = "benchmarks/results/tune.jsonl"
+
 
 @dataclass(frozen=True)
 class Case:
@@ -62,6 +65,7 @@ def run_stage(options: argparse.Namespace, deadline: float) -> int:
         # the record is written by now
         won = {r["key"]: r["gain"] for r in journal.records if r.get("gain")}
         content = tune.make_record(won, device, " ".join(sys.argv))
+        content |= {"git": facts["git"], "records": RECORDS}
         path = options.out / "launch-settings.json"
         path.write_text(json.dumps(content, indent=2) + "\n")
 

@@ -61,6 +61,7 @@ def make_inputs(
         "rotary": rotary,
         "weight": lambda: torch.rand(B, N, **random),
         "fresh": lambda: fresh,
+        "flat_fresh": lambda: (fresh + N * torch.arange(B, device=device)[:, None]).flatten(),
         "indices": lambda: fresh.int(),
         "positions": lambda: ops.invert_indices(fresh.int(), N, backend="reference"),
         "scores": lambda: torch.rand(L, B, N, **random),

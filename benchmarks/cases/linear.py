@@ -35,5 +35,6 @@ OPS = (
         published.linear_scatter_,
         lambda s, size: (s.B * s.S * (s.D + s.M + s.extra) + s.D * (s.M + s.extra)) * size,
         lambda s: 2 * s.B * s.S * s.D * (s.M + s.extra),
+        others={"index": published.linear_scatter_by_index_},
     ),
 )

@@ -16,6 +16,7 @@ OPS = (
         lambda x, indices, backend: ops.gather_rows(x, indices, backend=backend),
         published.gather_rows,
         _bytes_of_rows,
+        others={"index": published.gather_rows_by_index},
     ),
     Op(
         "scatter_rows_",
@@ -24,5 +25,6 @@ OPS = (
         ),
         published.scatter_rows_,
         _bytes_of_rows,
+        others={"index": published.scatter_rows_by_index_},
     ),
 )
