@@ -4,6 +4,8 @@ Figures of a model with two measured ceilings and assumed overheads, typed here 
 to be tested. ``tests/test_roofline.py`` holds the prices of ``benchmarks/roofline.py`` to them.
 """
 
+from collections.abc import Sequence
+
 from .claims import (
     Claim,
     Measure,
@@ -13,7 +15,7 @@ from .claims import (
     share_of_ceiling,
     times_as_long,
 )
-from .records import Problem
+from .records import Problem, Record
 
 # the two products of an MLP, by channels and rows: microseconds of fc1, of fc2, of fc2 split
 PRODUCTS = {
@@ -64,6 +66,10 @@ _WITH_STATISTICS = Problem(("attention_with_received",), _FLUX)
 
 def _exactly(key: str, what: str, measure: Measure, value: float, unit: str = "x") -> Claim:
     return Claim(key, what, measure, value, value, unit)
+
+
+def _measured_by_nothing(records: Sequence[Record]) -> None:
+    """What no benchmark of the suite tells."""
 
 
 def list_layers() -> list[Claim]:
@@ -167,6 +173,13 @@ MOVES = (
         times_as_long(_WITH_STATISTICS, "sdpa*"),
         1.67,
     ),
+    _exactly(
+        "move/statistics/dense",
+        "the best fused forward, N = 4,608, D = 3072",
+        microseconds(_WITH_STATISTICS, "sdpa*"),
+        435,
+        "us",
+    ),
     Claim(
         "move/products",
         "each product of packed rows over the library's, at worst",
@@ -179,6 +192,21 @@ MOVES = (
         between(_LAYER_DIT, "eager/stream", "eager/graph"),
         low=1.5,
         high=2,
+    ),
+    Claim(
+        "move/split",
+        "fc2 of at most 1,024 rows, split along its depth, over not split",
+        _measured_by_nothing,
+        low=1.25,
+        high=1.35,
+    ),
+    Claim(
+        "move/dependent-launch",
+        "a kernel boundary, without and with programmatic dependent launch: the difference",
+        _measured_by_nothing,
+        low=1,
+        high=2,
+        unit="us",
     ),
     Claim(
         "move/attention",

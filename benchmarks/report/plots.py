@@ -49,9 +49,8 @@ def collect_runs(records: Iterable[Record]) -> list[Point]:
 def collect_layers(records: Iterable[Record]) -> list[Point]:
     """Of each partial layer, the share of fresh tokens, and how many times longer all take."""
     points = []
-    for (device, *_, dtype), found in group_cases(
-        r for r in records if r["case"] in LAYERS
-    ).items():
+    layers = [r for r in records if r["case"] in LAYERS]
+    for (device, _, _, dtype, _), found in group_cases(layers).items():
         dense, ours = fastest(list_baselines(found, "dense/*")), fastest(list_ours(found))
         if dense is not None and ours is not None:
             sizes = ours["sizes"]
@@ -62,22 +61,21 @@ def collect_layers(records: Iterable[Record]) -> list[Point]:
 
 
 def collect_kernels(records: Iterable[Record]) -> list[Point]:
-    """Of our fastest kernel for each problem, FLOPs a byte and the share of the ceiling."""
+    """Of our fastest kernel for each problem, the least time at the ceilings, and their share."""
     points = []
     ops = [r for r in records if "share_of_ceiling" in r and r["case"] not in LAYERS]
     for (device, case, *_), found in group_cases(ops).items():
         ours = fastest(list_ours(found))
         if ours is not None:
-            intensity = ours["flops"] / ours["bytes"]
-            # a pass multiplies nothing; it stands at the left end
-            points.append((device, max(intensity, 1.0), 100 * ours["share_of_ceiling"], case))
+            share = ours["share_of_ceiling"]
+            points.append((device, 1e3 * ours["median_ms"] * share, 100 * share, case))
     return points
 
 
 def _draw_runs(records: Sequence[Record], path: Path) -> None:
     with _panels(collect_runs(records), path) as panels:
         for panel, points in panels:
-            _draw_curves(panel, points, line="")
+            _draw_curves(panel, points, line="none")
             most = max(fewer for _, fewer, _, _ in points)
             panel.plot([1, most], [1, most], ":", color="grey", label="as fast as the FLOPs say")
             panel.set(xlabel="times fewer FLOPs", ylabel="times faster than dense, measured")
@@ -91,16 +89,19 @@ def _draw_layers(records: Sequence[Record], path: Path) -> None:
             panel.axhline(1, linestyle=":", color="grey", label="break-even")
             panel.set(xlabel="fresh tokens (%)", ylabel="times faster than all tokens")
             panel.set_yscale("log")
+            for ticks in (panel.yaxis.set_major_formatter, panel.yaxis.set_minor_formatter):
+                ticks("{x:g}")
             panel.legend(fontsize="small")
 
 
 def _draw_kernels(records: Sequence[Record], path: Path) -> None:
     with _panels(collect_kernels(records), path) as panels:
         for panel, points in panels:
-            _draw_curves(panel, points, line="")
+            _draw_curves(panel, points, line="none")
             panel.axhline(100, linestyle=":", color="grey")
-            panel.set(xlabel="FLOPs a byte (passes at 1)", ylabel="of the ceiling (%)")
+            panel.set(xlabel="least time at the ceilings (us)", ylabel="of the ceiling (%)")
             panel.set_xscale("log")
+            panel.xaxis.set_major_formatter("{x:g}")
             panel.legend(fontsize="small", ncols=2)
 
 
@@ -125,7 +126,7 @@ def _draw_curves(panel, points: Iterable[Point], line: str = "-") -> None:
     for _, x, y, name in points:
         curves.setdefault(name, []).append((x, y))
     for name, curve in curves.items():
-        panel.plot(*zip(*sorted(curve), strict=True), line, marker="o", label=name)
+        panel.plot(*zip(*sorted(curve), strict=True), linestyle=line, marker="o", label=name)
 
 
 class _panels:

@@ -95,7 +95,7 @@ def _names(one: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def as_records(predicted: Prediction) -> list[Record]:
-    """The predictions as if they had been measured, for claims to be read off them; ours in graphs."""
+    """As if they had been measured, ours in graphs, for claims to be read off them."""
     found = []
     for kind in ("kernels", "layers", "runs"):
         for one in predicted[kind]["predictions"]:
