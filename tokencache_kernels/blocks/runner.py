@@ -140,6 +140,8 @@ class Runner:
             for selection in self._selections:
                 selection.tokens.reset()
             return
+        # until the plan is made: it may be refused
+        self._began_with = None
         self._plan_run(lanes)
         self._make_selections(lanes, batch, device)
         self._began_with = lanes, batch, device
@@ -160,13 +162,11 @@ class Runner:
         self._orders: dict[Site, int] = {}
         for lane in lanes:
             for site in lane.sites:
-                # what goes into another sub-layer is not forecast
-                reader, self._orders[site] = None, order
+                reader = None
                 if lane.read_by is not None:
-                    reader, self._orders[site] = (
-                        self._actions(replace(site, module=lane.read_by)),
-                        0,
-                    )
+                    reader = self._actions(replace(site, module=lane.read_by))
+                # what goes into another sub-layer is not forecast
+                self._orders[site] = 0 if reader else order
                 self._remembered[site] = list_remembered(
                     self._actions(site), self._orders[site], reader
                 )
