@@ -102,33 +102,30 @@ def predict_layers(device: Device) -> Iterator[Prediction]:
 def predict_runs(device: Device) -> Iterator[Prediction]:
     """Whole runs of the models: dense, under ToCa, and as published."""
     for name, batch, part in models.PLAN:
-        if part != "toca":
-            continue
-        case = models.Case(name, batch, part, NO_DATA, rehearse=False)
-        subject = case.make_subject()
-        contenders = dict.fromkeys(replace(one, mode="stream") for one in case.contenders)
-        # the dense model may have it in advance too
-        contenders |= dict.fromkeys(
-            replace(one, policy="dense", backend="torch") for one in contenders
-        )
-        for contender in contenders:
-            policy = case.make_policy(contender.policy, subject)
-            kinds = ["dense_step"] * case.model.num_steps
-            if policy is not None:
-                kinds = [models.name_step(step) for step in make_plan(policy, subject.shape).steps]
-            call = models.make_call(contender, case, subject)
-            # the steps of a dense model are all alike but for the first
-            num_steps = len(kinds) if policy else 2
-            steps = [collect(step) for step in models.list_calls(call, subject, num_steps)]
-            steps += steps[1:] * (len(kinds) - num_steps)
-            names = ("policy", "backend", "modulation")
-            yield {
-                "case": "model",
-                "shape": case.key["shape"],
-                "dtype": case.key["dtype"],
-                **{name: getattr(contender, name) for name in names},
-                **_sum_up(steps, kinds, device),
-            }
+        if part == "toca":
+            yield from predict_run(models.Case(name, batch, part, NO_DATA, rehearse=False), device)
+
+
+def predict_run(case: models.Case, device: Device) -> Iterator[Prediction]:
+    """Each contender of a case; the dense model with its modulation precomputed too."""
+    subject = case.make_subject()
+    contenders = [replace(one, mode="stream") for one in case.contenders]
+    contenders += [replace(one, policy="dense", backend="torch") for one in contenders]
+    for contender in dict.fromkeys(contenders):
+        policy = case.make_policy(contender.policy, subject)
+        kinds = ["dense_step"] * case.model.num_steps
+        if policy is not None:
+            kinds = [models.name_step(step) for step in make_plan(policy, subject.shape).steps]
+        call = models.make_call(contender, case, subject)
+        # the steps of a dense model are all alike but for the first
+        num_steps = len(kinds) if policy else 2
+        steps = [collect(step) for step in models.list_calls(call, subject, num_steps)]
+        steps += steps[1:] * (len(kinds) - num_steps)
+        yield {
+            **{name: case.key[name] for name in ("case", "shape", "dtype")},
+            **{name: getattr(contender, name) for name in ("policy", "backend", "modulation")},
+            **_sum_up(steps, kinds, device),
+        }
 
 
 def _sum_up(steps: list[list[Kernel]], kinds: list[str], device: Device) -> Prediction:

@@ -139,7 +139,8 @@ def _write(
         why = explanations.get(key, UNEXPLAINED if is_off else "")
         rows.append([*show(one), *(map(show_figure, found) if found else [NOT_MEASURED]), why])
     measured = [f"measured over predicted, {device}" for device in devices] or ["measured"]
-    return write_table((*head, *measured, "why they differ"), rows)
+    table = write_table((*head, *measured, "why they differ"), rows)
+    return f"{table}\n\nPredicted at commit {predicted[kind]['git'][:9]}."
 
 
 def _compare(one: Prediction, records: Sequence[Record]) -> Figure | None:

@@ -113,10 +113,13 @@ ON_CPU = (
         over(Problem(("select_tokens_",), {"B": 2, "N": 256}), "argsort/*"),
         low=5,
     ),
-    Claim(
-        "target/cpu/statistics",
-        "attention received over the explicit map, N = 1,024",
-        over(Problem(("attention_received",), {"N": 1024}), "eager/*"),
-        low=2,
+    *(
+        Claim(
+            f"target/cpu/statistics/{dtype}",
+            f"attention received over the explicit map, N = 1,024, {dtype}",
+            over(Problem(("attention_received",), {"N": 1024}, dtype), "eager/*"),
+            low=2,
+        )
+        for dtype in ("bfloat16", "float32")
     ),
 )
