@@ -133,7 +133,7 @@ class GraphHook(StatefulHook):
     def _go_on(self, described: Mapping[str, str]) -> _Captured:
         """Refuse changes in the middle of a run."""
         captured = self._captured[self._contexts.context.name]
-        for name in captured.arguments.keys() | described.keys():
+        for name in {**captured.arguments, **described}:
             began, now = (of.get(name, "none") for of in (captured.arguments, described))
             if now != began:
                 refuse(name, f"be {began} in all steps of a run", f"{now}; reset the cache first")
