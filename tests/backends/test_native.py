@@ -294,7 +294,7 @@ def test_a_missing_cuda_half_is_named_as_the_reason(monkeypatch, tmp_path):
 
 @needs_library
 def test_the_cuda_half_loads_without_a_gpu_and_adds_its_kernels():
-    reason = native.unavailable(torch.device("cuda"), torch.float32)
+    reason = loading.load_cuda_library()
     if reason is not None:
         pytest.skip(reason)
 
@@ -329,6 +329,7 @@ def test_a_gpu_that_the_cuda_half_was_not_built_for_is_named_as_the_reason(
 ):
     facts = {"cuda": "13.0", "cuda_architectures": "80-real 90a-real 120"}
     monkeypatch.setattr(loading, "build_info", lambda: facts)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: driver, raising=False)
@@ -342,6 +343,22 @@ def test_a_gpu_that_the_cuda_half_was_not_built_for_is_named_as_the_reason(
         with pytest.raises(BackendUnavailableError, match=f"'native' cannot run here: {reason}"):
             backends.resolve("gather_rows", torch.device("cuda"), torch.float32, "native")
         assert info.describe_native_library()["CUDA state"].startswith("not usable: its CUDA half")
+
+
+@pytest.mark.parametrize(
+    ("cuda", "reason"),
+    [(None, "this torch was built without CUDA"), ("13.0", "torch sees no CUDA")],
+)
+def test_a_missing_cuda_runtime_is_named_as_the_reason(monkeypatch, cuda, reason):
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for name in ("load_library", "load_cuda_library"):
+        monkeypatch.setattr(native, name, lambda: None)
+    monkeypatch.setattr(native, "refuse_gpu", loading.refuse_gpu.__wrapped__)
+
+    with pytest.raises(BackendUnavailableError, match=f"'native' cannot run here: .*{reason}"):
+        backends.resolve("gather_rows", torch.device("cuda"), torch.float32, "native")
+    assert reason in info.describe_native_library()["CUDA state"]
 
 
 def test_float64_on_a_gpu_is_left_to_the_reference():

@@ -62,7 +62,10 @@ def test_the_report_tells_registers_and_the_check_fails_on_spills(capsys, monkey
     monkeypatch.setattr(compile_gate, "read_resources", lambda: parse_resources(PRINTED))
 
     assert main(["compile-report", "--native"]) == 0
-    assert "attention_kernel (bfloat16, 128): 202 registers" in capsys.readouterr().out
+    assert (
+        "attention_kernel (bfloat16, 128): 202 registers, none spilled, 1024 bytes shared"
+        in capsys.readouterr().out
+    )
 
     assert main(["compile-report", "--native", "--check"]) == 1
     printed = capsys.readouterr().out

@@ -71,8 +71,12 @@ def cpu_instructions() -> str:
 @functools.cache
 def refuse_gpu(device: torch.device) -> str | None:
     """Why the CUDA half as it was built cannot run on this GPU, or None where nothing tells."""
+    if torch.version.cuda is None:
+        return "its CUDA half takes the stream from torch, and this torch was built without CUDA"
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device or no driver"
     facts = build_info() or {}
-    if "cuda" not in facts or not torch.cuda.is_available():
+    if "cuda" not in facts:
         return None
     driver = torch._C._cuda_getDriverVersion() // 1000  # type: ignore[attr-defined]
     if driver < int(facts["cuda"].split(".")[0]):

@@ -356,7 +356,7 @@ def _report_native(kernel: str | None, check: bool) -> int:
         failures += one.failure is not None
         if one.failure is not None or not check:
             where = f"{one.arch:8}{one.kernel} ({one.variant})"
-            counts = f"{one.registers} registers, {one.shared} bytes shared"
+            counts = f"{one.registers} registers, none spilled, {one.shared} bytes shared"
             print(f"{where}: {one.failure or counts}")
     print(f"native library: {len(kernels)} kernels, {failures} failures")
     return 1 if check and failures else 0
