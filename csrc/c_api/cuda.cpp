@@ -7,9 +7,17 @@
 namespace tokencache::c_api {
 namespace {
 
+// Not just any of that name: the one beside this library was built with it.
+std::string path_of_cuda_library() {
+  Dl_info own{};
+  dladdr(reinterpret_cast<void*>(&find_cuda), &own);
+  const std::string path = own.dli_fname;
+  return path.substr(0, path.rfind('/') + 1) + TOKENCACHE_CUDA_LIBRARY;
+}
+
 Cuda load_cuda() {
-  // found beside this library, by its runpath; what it needs of CUDA is linked into it
-  void* library = dlopen(TOKENCACHE_CUDA_LIBRARY, RTLD_NOW | RTLD_LOCAL);
+  // what it needs of CUDA is linked into it
+  void* library = dlopen(path_of_cuda_library().c_str(), RTLD_NOW | RTLD_LOCAL);
   if (library == nullptr) {
     static const std::string reason =
         std::string("no kernels were built, or they do not load: ") + dlerror();

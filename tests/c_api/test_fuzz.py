@@ -10,6 +10,7 @@ sanitize`) everything that belongs to no tensor is poisoned, so that a stray rea
 
 import copy
 import ctypes
+import importlib.util
 import math
 import os
 import re
@@ -26,8 +27,19 @@ from hypothesis import strategies as st
 
 from tokencache_kernels.backends import reference
 from tokencache_kernels.testing import assert_within_budget
+from tokencache_kernels.version import __version__
 
-HEADER = Path(__file__).parents[2] / "csrc" / "include" / "tokencache.h"
+CSRC = Path(__file__).parents[2] / "csrc"
+HEADER = CSRC / "include" / "tokencache.h"
+
+# the kernels compiled for the CPU
+_spec = importlib.util.spec_from_file_location(
+    "cuda_emulator", Path(__file__).parents[1] / "backends" / "test_cuda_kernels.py"
+)
+cuda_emulator = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(cuda_emulator)
+emulated_library = cuda_emulator.emulated_library  # a fixture
+
 _TYPES = {
     "int64_t": ctypes.c_int64,
     "int32_t": ctypes.c_int32,
@@ -595,18 +607,50 @@ def test_a_device_that_is_not_there_is_unsupported(library, op, data):
     assert all(np.array_equal(homes[name], before[name]) for name in homes)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@pytest.fixture(scope="module")
+def kernels(request, library_path, tmp_path_factory):
+    """The library, the device where its kernels run, a GPU or the emulator's, and torch's name."""
+    if torch.cuda.is_available():
+        return request.getfixturevalue("library"), "cuda"
+    emulated = request.getfixturevalue("emulated_library")
+    folder = tmp_path_factory.mktemp("emulated")
+    shim = folder / "shim.cpp"
+    shim.write_text(
+        "#include <cuda_runtime_api.h>\n"
+        "cudaError_t cudaGetDeviceCount(int* count) { *count = 1; return cudaSuccess; }\n"
+    )
+    version = __version__.rpartition(".")[0]
+    cuda_emulator.run(
+        shutil.which(os.environ.get("CXX", "g++")), "-std=c++20", "-shared", "-fPIC",
+        f"-I{CSRC}", f"-I{CSRC}/include", f"-I{cuda_emulator.find_cuda_headers()}",
+        '-DTOKENCACHE_CUDA_VERSION=""', '-DTOKENCACHE_CUDA_ARCHITECTURES=""',
+        CSRC / "c_api" / "cuda_launches.cpp", shim, emulated, f"-Wl,-rpath,{emulated.parent}",
+        "-o", folder / f"libtokencache_cuda.so.{version}",
+    )  # fmt: skip
+    library = ctypes.CDLL(str(shutil.copy(library_path, folder)))
+    library.tokencache_error.restype = ctypes.c_char_p
+    return library, "cpu"
+
+
+@pytest.fixture
+def nothing_undefined(capfd):
+    """What the sanitizer in the emulated kernels says."""
+    yield
+    assert "runtime error" not in capfd.readouterr().err
+
+
+@pytest.mark.usefixtures("nothing_undefined")
 @pytest.mark.parametrize("op", OPS)
-@FUZZ
+@settings(FUZZ, max_examples=FUZZ.max_examples // 4)
 @given(data=st.data())
-def test_kernels_do_what_the_reference_does(library, op, data):
+def test_kernels_do_what_the_reference_does(kernels, op, data):
+    library, device = kernels
     call, homes = data.draw(honest_calls(op))
     tensors = call.tensors()
     find_homes(call, tensors, homes)
     name_tokens_once(call, tensors)
     before = {name: home.copy() for name, home in homes.items()}
-    on_device = {name: torch.from_numpy(home).cuda() for name, home in homes.items()}
+    on_device = {n: torch.from_numpy(home).to(device, copy=True) for n, home in homes.items()}
 
     moved = copy.deepcopy(call)
     shift = {
@@ -644,14 +688,14 @@ def name_tokens_once(call, tensors):
         positions.view(positions.home)[0].copy_(inverse)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
-def test_a_long_selection_works_in_the_workspace_that_it_asks_for(library):
-    B, N, S = 2, 20000, 4000
-    scores = torch.rand(1, B, N, device="cuda")
-    staleness = torch.randint(9, (1, B, N), dtype=torch.int32, device="cuda")
-    indices = torch.empty(1, 1, B, S, dtype=torch.int32, device="cuda")
-    positions = torch.empty(1, 1, B, N, dtype=torch.int32, device="cuda")
+@pytest.mark.usefixtures("nothing_undefined")
+def test_a_long_selection_works_in_the_workspace_that_it_asks_for(kernels):
+    library, device = kernels
+    B, N, S = 2, 9001, 700
+    scores = torch.rand(1, B, N, device=device)
+    staleness = torch.randint(9, (1, B, N), dtype=torch.int32, device=device)
+    indices = torch.empty(1, 1, B, S, dtype=torch.int32, device=device)
+    positions = torch.empty(1, 1, B, N, dtype=torch.int32, device=device)
     values = {"L": 1, "B": B, "N": N, "P": 1, "max_fresh": S, "staleness_weight": 0.25}
     values |= {name: tensor.data_ptr() for name, tensor in (
         ("scores", scores), ("staleness", staleness), ("indices", indices), ("positions", positions)
@@ -664,7 +708,7 @@ def test_a_long_selection_works_in_the_workspace_that_it_asks_for(library):
     needed = ctypes.c_int64()
     library.tokencache_select_tokens_workspace(ctypes.byref(args), CUDA, ctypes.byref(needed))
     without = library.tokencache_select_tokens(ctypes.byref(args), CUDA, None)
-    workspace = torch.empty(needed.value, dtype=torch.uint8, device="cuda")
+    workspace = torch.empty(needed.value, dtype=torch.uint8, device=device)
     args.workspace, args.workspace_bytes = workspace.data_ptr(), needed.value
     status = library.tokencache_select_tokens(ctypes.byref(args), CUDA, None)
 
