@@ -59,7 +59,9 @@ def gather_modulate(x, fresh, shift, scale):
 
 def row_pass(x, attention, mlp, gate, fresh, shift, scale):
     """Two gated additions over all tokens, then gather, normalise and modulate."""
-    return gather_modulate(add_branches(x, attention, mlp, gate), fresh, shift, scale)
+    x = add_branches(x, attention, mlp, gate)
+    # all rows are wanted: a compiler would leave out those that nobody sees
+    return gather_modulate(x, fresh, shift, scale), x
 
 
 # select

@@ -7,10 +7,11 @@ from .op import Op
 
 
 def _row_pass(x, attention, mlp, gate, indices, positions, shift, scale, backend):
-    return ops.row_pass_(
+    packed = ops.row_pass_(
         x, (attention, mlp), (gate, gate), indices, shift, scale, positions=positions,
         eps=published.EPS, backend=backend,
     )  # fmt: skip
+    return packed, x
 
 
 OPS = (
