@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -93,7 +94,8 @@ def emulated_library(tmp_path_factory):
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not library.is_file():
-            compile_for_cpu(compiler, headers, folder).rename(library)
+            with tempfile.TemporaryDirectory(dir=folder) as objects:
+                compile_for_cpu(compiler, headers, Path(objects)).rename(library)
     return library
 
 
