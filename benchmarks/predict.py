@@ -24,7 +24,7 @@ from tokencache_kernels.policies import make_plan
 from . import layers, models
 from .cases import OPS, SHAPES, Op, Shape, bind
 from .launches import trace
-from .roofline import H200, Device, Kernel, floor, list_layer, price
+from .roofline import H200, Device, Kernel, floor, fuse, list_layer, price
 
 PATH = Path(__file__).parent / "predictions.json"
 NO_DATA = torch.device("meta")
@@ -134,6 +134,8 @@ def _sum_up(steps: list[list[Kernel]], kinds: list[str], device: Device) -> Pred
         mode: [1e3 * price(kernels, device, way) for kernels in steps]
         for mode, way in PRICES.items()
     }
+    if set(kinds) == {"dense_step"}:
+        times["compiled"] = [1e3 * price(fuse(kernels), device, "graph") for kernels in steps]
     return {
         "floor_ms": 1e3 * sum(floor(kernels, device) for kernels in steps),
         "flops": sum(kernel.flops for kernels in steps for kernel in kernels),

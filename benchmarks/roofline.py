@@ -8,6 +8,7 @@ give again (``tests/test_roofline.py``).
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import groupby
 from math import ceil
 
 # design: what a GPU does between two kernels, replayed from a graph (2 to 2.5 us)
@@ -117,6 +118,19 @@ def price_product(
 def floor(kernels: Iterable[Kernel], device: Device) -> float:
     """The least seconds of kernels: their bytes or their products at the ceilings, no launch."""
     return sum(max(k.bytes / device.bytes, k.flops / getattr(device, k.rate)) for k in kernels)
+
+
+def fuse(kernels: Iterable[Kernel]) -> list[Kernel]:
+    """What a compiler makes of eager kernels at best.
+
+    The passes between two products become one kernel, which takes as long as the longest of them.
+    """
+    fused: list[Kernel] = []
+    for _, run in groupby(kernels, key=lambda kernel: kernel.flops > 0):
+        members = list(run)
+        is_pass = members[0].flops == 0
+        fused += [max(members, key=lambda kernel: kernel.bytes)] if is_pass else members
+    return fused
 
 
 def list_mlp(rows: int, hidden: int, mlp: int, way: str) -> list[Kernel]:

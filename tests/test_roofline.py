@@ -2,10 +2,12 @@
 
 import pytest
 
+from benchmarks.report.design import BRANCHES, LAYERS, PRODUCTS
 from benchmarks.roofline import (
     GRAPH_SECONDS,
     H200,
     Kernel,
+    fuse,
     list_layer,
     list_mlp,
     make_product,
@@ -14,39 +16,6 @@ from benchmarks.roofline import (
     price_product,
 )
 
-# the design's figures, by channels and rows: microseconds of fc1, of fc2, and of fc2 split
-PRODUCTS = {
-    (1152, 512): (11.3, 19.5, 14.5),
-    (1152, 1024): (21.0, 29.5, 23.6),
-    (1152, 2048): (30.8, 40.5, 40.5),
-    (1152, 4096): (60.0, 79.5, 70.8),
-    (1152, 8192): (115, 118, 118),
-    (1152, 16384): (229, 236, 236),
-    (3072, 512): (53.5, 76.3, 58.4),
-    (3072, 1024): (102, 106, 106),
-    (3072, 2048): (203, 210, 210),
-    (3072, 4096): (405, 405, 405),
-    (3072, 8192): (809, 809, 809),
-    (3072, 16384): (1583, 1616, 1616),
-}
-# our MLP branch over eager, eager in a graph, compiled, the library's composition
-BRANCHES = {
-    (1152, 512): (2.0, 1.5, 1.16, 1.04),
-    (1152, 2048): (1.4, 1.3, 1.13, 1.01),
-    (1152, 8192): (1.3, 1.3, 1.14, 1.00),
-    (3072, 512): (1.2, 1.13, 1.03, 0.97),
-    (3072, 2048): (1.08, 1.08, 1.02, 0.96),
-    (3072, 16384): (1.06, 1.06, 1.02, 0.96),
-}
-# microseconds of a whole layer: eager, in a graph, compiled, ours
-LAYERS = {
-    (16, 256, 26, 1152): (220, 136, 69, 35),
-    (64, 256, 26, 1152): (324, 246, 151, 99),
-    (8, 1024, 307, 1152): (307, 234, 153, 107),
-    (1, 4608, 460, 3072): (355, 275, 190, 149),
-    (1, 4608, 1382, 3072): (530, 460, 367, 323),
-    (1, 4608, 2304, 3072): (766, 696, 595, 551),
-}
 WAYS = (("eager", "eager"), ("eager", "graph"), ("compiled", "graph"))
 
 
@@ -100,3 +69,10 @@ def test_a_product_never_beats_a_ceiling():
 
         assert seconds > product.bytes / H200.bytes
         assert seconds > product.flops / H200.flops
+
+
+def test_a_compiler_leaves_one_pass_between_two_products():
+    product = make_product("fc", 512, 1152, 1152)
+    short, long = Kernel("add", 10), Kernel("multiply", 20)
+
+    assert fuse([short, long, product, product, long, short]) == [long, product, product, long]

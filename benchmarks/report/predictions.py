@@ -76,12 +76,14 @@ def write_runs(
             show_duration(one["ms"]["graph"]),
             f"{show_number(base['ms']['graph'] / one['ms']['graph'])}x",
             f"{show_number(base['ms']['stream'] / one['ms']['stream'])}x",
+            f"{show_number(base['ms']['compiled'] / one['ms']['graph'])}x",
             f"{show_number(base['flops'] / one['flops'])}x",
             *("-" if share is None else f"{100 * share / step:.0f}%" for share in shares),
         ]
 
     head = (
-        "run", "in graphs", "over dense in a graph", "eager over eager", "fewer FLOPs",
+        "run", "in graphs", "over dense in a graph", "eager over eager", "over dense, compiled",
+        "fewer FLOPs",
         "full step, of a dense one", "partial step, of a dense one",
     )  # fmt: skip
     return _write(head, show, "runs", predicted, records, explanations)

@@ -75,8 +75,14 @@ ON_GPU = (
     ),
     Claim(
         "target/run/flux",
-        "ToCa N = 6 on FLUX.1-dev, 50 steps, over the dense model with fused attention",
-        run_over_dense("flux-1-dev-1024px-1"),
+        "ToCa N = 6 on FLUX.1-dev, 50 steps, over the dense model with fused attention in a graph",
+        run_over_dense("flux-1-dev-1024px-1", "graph"),
+        low=3.5,
+    ),
+    Claim(
+        "target/run/flux/compiled",
+        "the same over the dense model compiled",
+        run_over_dense("flux-1-dev-1024px-1", "compiled"),
         low=3.5,
     ),
     Claim(
