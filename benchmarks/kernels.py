@@ -7,6 +7,7 @@ that of the published way. What time is left goes to launch settings (``tune.py`
 """
 
 import argparse
+import faulthandler
 import gc
 import statistics
 import time
@@ -23,7 +24,7 @@ from . import cases, published, tune
 from .cases import OPS, Inputs, Op, Shape, bind
 from .profiling import list_kernels, measure_peak_bytes
 from .records import describe_run
-from .stages import GO_ON, Journal, Record, describe_error, in_time, work_through
+from .stages import GO_ON, MAX_SECONDS, Journal, Record, describe_error, in_time, work_through
 from .summary import print_table
 from .timing import capture, summarise, time_in_turn
 
@@ -244,6 +245,8 @@ def time_case(
             contender = {"backend": way.name, "mode": mode, "baseline": way.is_baseline}
             if (way.name, mode) in failed:
                 break
+            # compiling takes its time
+            faulthandler.dump_traceback_later(MAX_SECONDS, exit=True)
             journal.enter(case.key, **contender)
             try:
                 if way.is_comparable and mode != "graph":
