@@ -1,6 +1,7 @@
 """The run book for a GPU, rehearsed: what it writes, where it goes on, what it survives."""
 
 import contextlib
+import faulthandler
 import json
 import os
 import subprocess
@@ -260,7 +261,11 @@ def test_a_lost_device_ends_the_process_after_its_record(journal, monkeypatch):
 def time_case(op, journal, device):
     case = kernels.Case(op, cases.TINY, torch.bfloat16, is_leading=False)
     ceilings = {torch.bfloat16: kernels.Ceilings(1e9, 1e9)}
-    return list(kernels.time_case(case, ceilings, torch.device(device), journal, rehearse=True))
+    try:
+        return list(kernels.time_case(case, ceilings, torch.device(device), journal, rehearse=True))
+    finally:
+        # or it would end this process some minutes later
+        faulthandler.cancel_dump_traceback_later()
 
 
 def test_a_contender_that_failed_is_not_tried_again(journal, device):
