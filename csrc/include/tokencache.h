@@ -20,8 +20,10 @@
  *   - B * (N + S) is at most 2^31 - 1, and D at most 24576 where rows are normalised;
  *   - N is at most 2^30 where tokens are selected;
  *   - FLOAT64 is for moving rows only, which has no limits either.
- * A call with an empty problem tells whether there is a device, a driver and this library's CUDA
- * half, which is loaded by the first call; the first call of each op loads its kernels.
+ * Indices lie there too, where no call can look at them without waiting: kernels compare each with
+ * N, and each position with S, where it is used, so that none reads or writes elsewhere. A call
+ * with an empty problem tells whether there is a device, a driver and this library's CUDA half,
+ * which is loaded by the first call; the first call of each op loads its kernels.
  *
  * The functions may be called from several threads at a time. */
 #ifndef TOKENCACHE_H
