@@ -47,7 +47,17 @@ def main() -> None:
             with without_data():
                 found = list(predict(device))
             predictions[kind] = {"git": info.source_facts()["git"], "predictions": found}
-    PATH.write_text(json.dumps(predictions, indent=1) + "\n")
+    PATH.write_text(write_lines(predictions))
+
+
+def write_lines(predictions: dict[str, Any]) -> str:
+    """JSON with a line for each prediction."""
+    kinds = [json.dumps("device") + ": " + json.dumps(predictions["device"])]
+    for kind in KINDS:
+        lines = ",\n".join(map(json.dumps, predictions[kind]["predictions"]))
+        git = json.dumps(predictions[kind]["git"])
+        kinds.append(f'"{kind}": {{"git": {git}, "predictions": [\n{lines}\n]}}')
+    return "{" + ",\n".join(kinds) + "}\n"
 
 
 @contextmanager
