@@ -1,6 +1,7 @@
 """Fixtures for every test: the backends that can run here, the device, and poisoned memory."""
 
 import os
+import warnings
 
 import pytest
 import torch
@@ -9,6 +10,14 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
     # before any kernel module is imported: run the real kernel sources in Triton's interpreter
     os.environ["TRITON_INTERPRET"] = "1"
+else:
+    # before the first product: cuBLAS would be called indeterminate, in a warning
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    with warnings.catch_warnings():
+        # some versions of torch would rather have it set otherwise
+        warnings.simplefilter("ignore")
+        # convolutions are as exact as products, which are no TF32 by default
+        torch.backends.cudnn.allow_tf32 = False
 
 from tokencache_kernels import backends  # noqa: E402
 
