@@ -135,6 +135,9 @@ def test_cuda_graphs_share_a_pool_and_a_stream_while_one_of_them_lives(monkeypat
     monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: SimpleNamespace(device=device))
     monkeypatch.setattr(torch.cuda, "graph", enter)
+    streams = ["current"]
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: streams[0])
+    monkeypatch.setattr(torch.cuda, "set_stream", streams.append)
     capture, device, output = CudaCapture(), torch.device("cuda:1"), torch.zeros(2)
 
     replays = [capture.capture(lambda: (output,), device) for _ in range(2)]
@@ -147,6 +150,8 @@ def test_cuda_graphs_share_a_pool_and_a_stream_while_one_of_them_lives(monkeypat
     assert copied is not output
     assert [pool for pool, _ in entered] == ["pool 0", "pool 0", "pool 2"]
     assert all(stream is entered[0][1] and stream.device == device for _, stream in entered)
+    # torch would leave the capture's own behind where the end of a capture fails
+    assert streams == 4 * ["current"]
     assert capture.refusal(device) is None
 
 

@@ -52,8 +52,13 @@ class CudaCapture:
         pool = next((other.pool() for other in self._graphs), None)
         # other threads may allocate meanwhile
         mode = "thread_local"
-        with torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode=mode):
-            output = launch()
+        current = torch.cuda.current_stream(device)
+        try:
+            with torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode=mode):
+                output = launch()
+        finally:
+            # a capture that fails would stay on its own
+            torch.cuda.set_stream(current)
         self._graphs.add(graph)
 
         def replay() -> T:
