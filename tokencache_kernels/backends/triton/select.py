@@ -125,7 +125,11 @@ def _find_threshold(wanted, held_keys, keys_ptr, N, HOLDS_KEYS: tl.constexpr, BL
     return threshold
 
 
-@triton.jit(do_not_specialize=["num_steps", "N", "max_fresh", "height", "width", "tile"])
+@triton.jit(
+    do_not_specialize=["num_steps", "N", "max_fresh", "height", "width", "tile"],
+    # counts of another step: in a captured one, a kernel that is new could not be loaded
+    do_not_specialize_on_alignment=["num_fresh_ptr"],
+)
 def _select_tokens_kernel(
     scores_ptr, num_fresh_ptr, staleness_ptr, indices_ptr, positions_ptr,
     num_steps, N, max_fresh, height, width, tile,
