@@ -15,14 +15,10 @@ constexpr int kQueries = kVectorBytes == 64 ? 12 : 6;
 template <class W>
 constexpr int kKeys = 2 * kLanes<W>;
 
-// Long sums are taken in blocks of that many: as exact as sums of few.
-template <class W>
-constexpr int64_t kSummands = 16 * kLanes<W>;
+// Channels of a tile: a long product is summed in blocks, too.
 constexpr int64_t kDepth = 96;
 
 inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
-
-inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // How many of N keys a sample has; null: all.
 inline int64_t num_keys_of(const int32_t* key_lengths, int64_t b, int64_t stride, int64_t N) {
@@ -154,22 +150,16 @@ class HeadMap {
 
   static RowSums<W> exponentiate(W* row, int64_t width, W peak) {
     const W origin = peak == static_cast<W>(-__builtin_inf()) ? W{0} : peak;
-    Vector<W> total = {}, moment = {};
-    for (int64_t block = 0; block < width; block += kSummands<W>) {
-      Vector<W> some = {}, some_moment = {};
-      const int64_t end = smaller(block + kSummands<W>, width);
-      for (int64_t n = block; n < end; n += kLanes<W>) {
-        const Vector<W> score = load(row + n) - origin;
-        const Vector<W> weight = exp<W>(score);
-        some += weight;
-        // a weight of 0 may be that of an infinite score
-        some_moment += weight * (score < Traits<W>::kExpLow ? splat(Traits<W>::kExpLow) : score);
-        store(row + n, weight);
-      }
-      total += some;
-      moment += some_moment;
-    }
-    return {peak, sum_lanes<W>(total), sum_lanes<W>(moment)};
+    W sums[2];
+    sum_row(width, sums, [&](int64_t n, Vector<W>* some) {
+      const Vector<W> score = load(row + n) - origin;
+      const Vector<W> weight = exp<W>(score);
+      some[0] += weight;
+      // a weight of 0 may be that of an infinite score
+      some[1] += weight * (score < Traits<W>::kExpLow ? splat(Traits<W>::kExpLow) : score);
+      store(row + n, weight);
+    });
+    return {peak, sums[0], sums[1]};
   }
 
   const AttentionMapParams& p_;

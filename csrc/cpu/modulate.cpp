@@ -62,16 +62,15 @@ void gather_modulate(const ModulateParams& p, int64_t begin, int64_t end) {
     const T* shift = row_of<T>(p.shift, b * p.stride_shift_b);
     const T* scale = row_of<T>(p.scale, b * p.stride_scale_b);
 
-    Vector<W> total = {};
-    for (int64_t d = 0; d < D; d += kLanes<W>) total += load_some(x + d, D - d);
-    const W mean = sum_lanes<W>(total) / static_cast<W>(D);
-    Vector<W> squares = {};
-    for (int64_t d = 0; d < D; d += kLanes<W>) {
+    W total[1], squares[1];
+    sum_row(D, total, [&](int64_t d, Vector<W>* some) { some[0] += load_some(x + d, D - d); });
+    const W mean = total[0] / static_cast<W>(D);
+    sum_row(D, squares, [&](int64_t d, Vector<W>* some) {
       // behind the row there is nothing to centre
       const Vector<W> centred = first_lanes<W>(load_some(x + d, D - d) - mean, D - d);
-      squares += centred * centred;
-    }
-    const W variance = sum_lanes<W>(squares) / static_cast<W>(D) + static_cast<W>(p.eps);
+      some[0] += centred * centred;
+    });
+    const W variance = squares[0] / static_cast<W>(D) + static_cast<W>(p.eps);
     const W rstd = W{1} / static_cast<W>(__builtin_sqrt(variance));
     for (int64_t d = 0; d < D; d += kLanes<W>) {
       const Vector<W> normal = (load_some(x + d, D - d) - mean) * rstd;

@@ -55,13 +55,13 @@ inline Vector<double> widen(double, Raw<double> x) { return x; }
 inline Vector<float> widen(float, Raw<float> x) { return x; }
 inline Vector<float> widen(Bfloat16, Raw<Bfloat16> x) {
 #if defined(__AVX512F__)
-  const auto bits = (VectorBits<float>)_mm512_maskz_cvtepu16_epi32(-1, (__m256i)x);
+  return (Vector<float>)((VectorBits<float>)_mm512_maskz_cvtepu16_epi32(-1, (__m256i)x) << 16);
 #elif defined(__AVX2__)
-  const auto bits = (VectorBits<float>)_mm256_cvtepu16_epi32((__m128i)x);
+  return (Vector<float>)((VectorBits<float>)_mm256_cvtepu16_epi32((__m128i)x) << 16);
 #else
-  const auto bits = __builtin_convertvector(x, VectorBits<float>);
+  // 16 zeros below each
+  return (Vector<float>)__builtin_shufflevector(Raw<Bfloat16>{}, x, 0, 4, 1, 5, 2, 6, 3, 7);
 #endif
-  return (Vector<float>)(bits << 16);
 }
 inline Vector<float> widen(Float16, Raw<Float16> x) {
 #if defined(__AVX512F__)
@@ -114,19 +114,20 @@ inline Raw<Float16> narrow(Float16, Vector<float> x) {
 // The first elements of x, `count` or as many as a vector has lanes; behind them zeros.
 template <class T>
 Vector<Work<T>> load_some(const T* x, int64_t count) {
-  Raw<T> raw = {};
   if (count >= kLanes<Work<T>>) {
+    Raw<T> raw;
     std::memcpy(&raw, x, sizeof raw);
-  } else {
-#if defined(__AVX512F__)
-    const uint32_t mask = (uint32_t{1} << count) - 1;
-    if constexpr (sizeof(T) == 2) raw = (Raw<T>)_mm256_maskz_loadu_epi16(mask, x);
-    if constexpr (sizeof(T) == 4) raw = (Raw<T>)_mm512_maskz_loadu_epi32(mask, x);
-    if constexpr (sizeof(T) == 8) raw = (Raw<T>)_mm512_maskz_loadu_epi64(mask, x);
-#else
-    std::memcpy(&raw, x, count * sizeof(T));
-#endif
+    return widen(T{}, raw);
   }
+  Raw<T> raw = {};
+#if defined(__AVX512F__)
+  const uint32_t mask = (uint32_t{1} << count) - 1;
+  if constexpr (sizeof(T) == 2) raw = (Raw<T>)_mm256_maskz_loadu_epi16(mask, x);
+  if constexpr (sizeof(T) == 4) raw = (Raw<T>)_mm512_maskz_loadu_epi32(mask, x);
+  if constexpr (sizeof(T) == 8) raw = (Raw<T>)_mm512_maskz_loadu_epi64(mask, x);
+#else
+  std::memcpy(&raw, x, count * sizeof(T));
+#endif
   return widen(T{}, raw);
 }
 

@@ -100,6 +100,25 @@ W max_lanes(Vector<W> x) {
   return fold_lanes<kLanes<W>>(x, [](auto low, auto high) { return low > high ? low : high; });
 }
 
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// Long sums are taken in blocks of that many: as exact as sums of few.
+template <class W>
+constexpr int64_t kSummands = 16 * kLanes<W>;
+
+// Sums over a row of n numbers; add(i, sums) adds what the vector that begins at i gives to each.
+template <class W, int Count, class F>
+void sum_row(int64_t n, W (&sums)[Count], F add) {
+  Vector<W> total[Count] = {};
+  for (int64_t block = 0; block < n; block += kSummands<W>) {
+    Vector<W> some[Count] = {};
+    const int64_t end = smaller(block + kSummands<W>, n);
+    for (int64_t i = block; i < end; i += kLanes<W>) add(i, some);
+    for (int k = 0; k < Count; ++k) total[k] += some[k];
+  }
+  for (int k = 0; k < Count; ++k) sums[k] = sum_lanes<W>(total[k]);
+}
+
 // 1 / k!
 template <class W>
 struct InverseFactorials {

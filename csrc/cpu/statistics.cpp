@@ -79,20 +79,14 @@ void attention_entropy_of(const AttentionEntropyParams& p, int64_t begin, int64_
     for (int64_t s = first; s < last; ++s) {
       const W* mean = means[s - first];
       // what the weights' sum lacks of 1 by rounding is divided out
-      Vector<W> total = {}, moment = {};
-      for (int64_t block = 0; block < width; block += kSummands<W>) {
-        Vector<W> some_total = {}, some_moment = {};
-        const int64_t end_of_block = smaller(block + kSummands<W>, width);
-        for (int64_t n = block; n < end_of_block; n += kLanes<W>) {
-          const Vector<W> weight = load(mean + n) / static_cast<W>(map.H);
-          some_total += weight;
-          some_moment += weight * log<W>(weight);
-        }
-        total += some_total;
-        moment += some_moment;
-      }
-      const W sum = num_keys > 0 ? sum_lanes<W>(total) : 1;
-      static_cast<W*>(p.out)[b * map.S + s] = log<W>(splat(sum))[0] - sum_lanes<W>(moment) / sum;
+      W sums[2];
+      sum_row(width, sums, [&](int64_t n, Vector<W>* some) {
+        const Vector<W> weight = load(mean + n) / static_cast<W>(map.H);
+        some[0] += weight;
+        some[1] += weight * log<W>(weight);
+      });
+      const W sum = num_keys > 0 ? sums[0] : 1;
+      static_cast<W*>(p.out)[b * map.S + s] = log<W>(splat(sum))[0] - sums[1] / sum;
     }
   }
 }
@@ -109,7 +103,7 @@ void head_norms_of(const HeadNormsParams& p, int64_t begin, int64_t end) {
     const T* x = row_of<T>(p.x, row / p.N * p.stride_x_b + row % p.N * p.stride_x_n);
     W total = 0;
     for (int64_t h = 0; h < p.H; ++h, x += p.stride_x_h) {
-      Vector<W> squares = {};
+      Vector<W> squares = {};  // of one head: too few for blocks
       for (int64_t e = 0; e < p.E; e += kLanes<W>) {
         const Vector<W> some = load_some(x + e, p.E - e);
         squares += some * some;
@@ -122,8 +116,8 @@ void head_norms_of(const HeadNormsParams& p, int64_t begin, int64_t end) {
 
 // The norm that a cosine is divided by: never zero.
 template <class W>
-W norm_of(Vector<W> squares) {
-  const W norm = root_of(sum_lanes<W>(squares));
+W norm_of(W squares) {
+  const W norm = root_of(squares);
   return norm < W(1e-8) ? W(1e-8) : norm;
 }
 
@@ -141,23 +135,22 @@ void token_change_of(const TokenChangeParams& p, int64_t begin, int64_t end) {
     const T* old_row = row_of<T>(p.old_rows, b * p.stride_old_b + n * p.stride_old_n);
     W* out = static_cast<W*>(p.out) + row;
     if (p.is_cosine) {
-      Vector<W> product = {}, x_squares = {}, y_squares = {};
-      for (int64_t d = 0; d < p.D; d += kLanes<W>) {
+      W sums[3];  // of the products of new and old, new and new, old and old
+      sum_row(p.D, sums, [&](int64_t d, Vector<W>* some) {
         const Vector<W> x = load_some(new_row + d, p.D - d), y = load_some(old_row + d, p.D - d);
-        product += x * y;
-        x_squares += x * x;
-        y_squares += y * y;
-      }
-      *out = W{1} - sum_lanes<W>(product) / (norm_of<W>(x_squares) * norm_of<W>(y_squares));
+        some[0] += x * y;
+        some[1] += x * x;
+        some[2] += y * y;
+      });
+      *out = W{1} - sums[0] / (norm_of(sums[1]) * norm_of(sums[2]));
     } else {
-      Vector<W> moved = {}, size = {};
-      for (int64_t d = 0; d < p.D; d += kLanes<W>) {
+      W sums[2];  // of what moved, and of what was there
+      sum_row(p.D, sums, [&](int64_t d, Vector<W>* some) {
         const Vector<W> x = load_some(new_row + d, p.D - d), y = load_some(old_row + d, p.D - d);
-        moved += magnitude<W>(x - y);
-        size += magnitude<W>(y);
-      }
-      const W whole = sum_lanes<W>(size);
-      *out = sum_lanes<W>(moved) / (whole < W(1e-12) ? W(1e-12) : whole);
+        some[0] += magnitude<W>(x - y);
+        some[1] += magnitude<W>(y);
+      });
+      *out = sums[0] / (sums[1] < W(1e-12) ? W(1e-12) : sums[1]);
     }
   }
 }
