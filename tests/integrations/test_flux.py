@@ -499,6 +499,27 @@ def test_a_float16_model_is_clipped_where_the_original_is(device):
 # --- what is refused ------------------------------------------------------------------------------
 
 
+def test_one_prompt_serves_several_pictures(device):
+    """Pipelines do not repeat a prompt that was encoded before they were called."""
+    model = tiny_flux().to(device)
+    apply_token_cache(model, toca())
+    repeated, single = Call().inputs(0), Call().inputs(0)
+    names = ("encoder_hidden_states", "pooled_projections")
+    single |= {name: single[name][:1] for name in names}
+    repeated |= {name: single[name].repeat(2, *[1] * (single[name].dim() - 1)) for name in names}
+
+    with torch.no_grad():
+        many, one = (
+            [
+                model(**{name: x.to(device) for name, x in inputs.items()}).sample
+                for _ in range(STEPS)
+            ]
+            for inputs in (repeated, single)
+        )
+
+    torch.testing.assert_close(torch.stack(one), torch.stack(many))
+
+
 def test_another_text_length_in_the_middle_of_a_run_is_an_error(device):
     model = tiny_flux().to(device)
     apply_token_cache(model, toca())

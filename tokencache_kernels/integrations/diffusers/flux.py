@@ -112,6 +112,8 @@ class _DoubleBlockHook(_FluxHook):
         state, text, image = self.state, encoder_hidden_states, hidden_states
         if self._layer == 0:
             state.streams.clear()
+            # the model would repeat one prompt for all pictures as it goes
+            text = text.expand(len(image), -1, -1)
             lanes = _lanes(self._depths, text.shape[1], image.shape[1])
             state.runner.begin_step(lanes, image.shape[0], image.device)
         if state.runner.skips_blocks:
