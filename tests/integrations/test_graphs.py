@@ -419,7 +419,7 @@ def test_a_module_that_is_replaced_within_a_run_is_refused():
     call(model, inputs("dit", 0))
     model.transformer_blocks[0].ff.net[2] = torch.nn.Linear(96, 24).to(DEVICE)
 
-    with pytest.raises(UnsupportedInputError, match="keep its modules and parameters during a run"):
+    with pytest.raises(UnsupportedInputError, match=r"modules and parameters .* others; reset the"):
         call(model, inputs("dit", 1))
 
 
@@ -448,13 +448,17 @@ def apply_and_call(model, prepare):
     [
         (offload, "no hook that moves them, got Identity on transformer_blocks.1.ff"),
         (hook_otherwise, "no hook that is not ours, got group_offloading on transformer_blocks.1"),
-        (torch.nn.Module.train, "transformer must be in evaluation mode, got training mode"),
+        (torch.nn.Module.train, "must be in evaluation mode, got training mode on the transformer"),
+        (
+            lambda model: model.transformer_blocks[1].train(),
+            "in evaluation mode, got training mode on transformer_blocks.1",
+        ),
         (
             lambda model: model.compile(),
             "transformer must not be compiled, got torch.compile on the transf",
         ),
     ],
-    ids=["offloaded", "hooked", "training", "compiled"],
+    ids=["offloaded", "hooked", "training", "training in part", "compiled"],
 )
 def test_models_that_cannot_be_captured_are_refused(prepare, sentence, is_late):
     model = make("dit")

@@ -138,16 +138,17 @@ class GraphHook(StatefulHook):
             if now != began:
                 refuse(name, f"be {began} in all steps of a run", f"{now}; reset the cache first")
         if not captured.models.has_its_parts():
-            refuse("transformer", "keep its modules and parameters during a run", "others")
+            got = "others; reset the cache first"
+            refuse("transformer", "keep its modules and parameters during a run", got)
         return captured
 
 
 def check_transformer(transformer: nn.Module) -> None:
     """Refuse a model that does more in a call than its own launches, or whose weights move."""
-    if transformer.training:
-        refuse("transformer", "be in evaluation mode", "training mode")
     for name, module in transformer.named_modules():
         where = f"on {name or 'the transformer itself'}"
+        if module.training:
+            refuse("transformer", "be in evaluation mode", f"training mode {where}")
         if hasattr(module, "_hf_hook"):
             got = f"{type(module._hf_hook).__name__} {where}"
             refuse("transformer", "keep its weights in place, with no hook that moves them", got)
