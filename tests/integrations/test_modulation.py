@@ -588,11 +588,24 @@ def test_autocast_is_refused():
         run(model, Flux())
 
 
-def test_missing_conditioning_is_refused():
+def test_missing_conditioning_and_timesteps_that_are_numbers_are_refused():
     model = make(DiT())
+    inputs = DiT().inputs(0)
 
-    with pytest.raises(ValueError, match="class_labels must be given, got None"):
-        model(**DiT().inputs(0))
+    with pytest.raises(ValueError, match="class_labels must be a tensor, got None"):
+        model(**inputs)
+    with pytest.raises(ValueError, match="timestep must be a tensor, got 980"):
+        model(**inputs | {"timestep": 980})
+
+
+def test_what_is_no_scheduler_is_refused():
+    model = tiny_dit()
+
+    with pytest.raises(ValueError, match="scheduler must have timesteps, got DiTTransformer"):
+        precompute_modulation(model, model)
+    precompute_modulation(model, SimpleNamespace(timesteps=None))
+    with pytest.raises(ValueError, match="must have its timesteps, a tensor, when a run"):
+        run(model, DiT())
 
 
 def test_other_models_are_refused():

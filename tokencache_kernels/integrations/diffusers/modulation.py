@@ -143,7 +143,11 @@ class _ModulationState(BaseState):  # type: ignore[misc]
         # an interrupt leaves a call without an end
         self._is_serving = False
         timestep = timestep.expand(len(hidden_states))
-        inputs = self._scheduler.timesteps, *conditioning
+        timesteps = self._scheduler.timesteps
+        if not isinstance(timesteps, Tensor):
+            wanted = "have its timesteps, a tensor, when a run begins"
+            fail("precompute_modulation", "scheduler", wanted, type(timesteps).__name__)
+        inputs = timesteps, *conditioning
         sizes = len(hidden_states), hidden_states.dtype
         if self._table is None or sizes != self._sizes or not _are_same(inputs, self._inputs):
             self._table = None
@@ -265,8 +269,8 @@ class _CallHooks:
                 "call on a stream that is capturing"
             )
         for name in ("timestep", self._conditioning[0]):
-            if given.get(name) is None:
-                fail("precompute_modulation", name, "be given", None)
+            if not isinstance(given.get(name), Tensor):
+                fail("precompute_modulation", name, "be a tensor", given.get(name))
         values = [given.get(name) for name in self._conditioning]
         conditioning = tuple(value for value in values if value is not None)
         self._contexts.get_state().begin_call(hidden_states, given["timestep"], conditioning)
@@ -317,17 +321,21 @@ def precompute_modulation(transformer: nn.Module, scheduler: Any) -> None:
         transformer: a ``DiTTransformer2DModel`` or ``FluxTransformer2DModel`` in evaluation mode.
             PixArt has one small layer for all of its blocks, and nothing to save.
         scheduler: the pipeline's, or anything that has the ``timesteps`` (T,) when a run begins.
-            DiT is to be called with these, FLUX with ``timesteps / 1000``.
+            DiT is to be called with these, FLUX with ``timesteps / 1000``. A pipeline that is given
+            another scheduler later needs this done anew.
 
     Raises:
         UnsupportedInputError: the model or a norm of it is not supported; the message names it.
-        ValueError: the transformer has precomputed modulation already.
+        ValueError: the transformer has precomputed modulation already, or what is given as the
+            scheduler has no timesteps.
     """
     name = type(transformer).__name__
     if name not in _SUPPORTED:
         raise UnsupportedInputError(
             f"precompute_modulation: transformer must be one of {', '.join(_SUPPORTED)}, got {name}"
         )
+    if not hasattr(scheduler, "timesteps"):
+        fail("precompute_modulation", "scheduler", "have timesteps", type(scheduler).__name__)
     model = _SUPPORTED[name](transformer)
     if _hook_of(model.embedder) is not None:
         raise ValueError(
