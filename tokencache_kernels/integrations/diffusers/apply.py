@@ -34,6 +34,8 @@ def apply_token_cache(
     cross-attention, and on DiT the self-attention where the policy wants it) of the selected tokens
     through ``tokencache_kernels.ops`` and reuse everything else. Steps are counted per cache
     context (``token_cache_context``); after ``config.num_inference_steps`` calls a new run begins.
+    A deep copy of the transformer runs as the original, with its weights, until its own cache is
+    removed.
 
     Args:
         transformer: a ``DiTTransformer2DModel``, ``FluxTransformer2DModel`` or
