@@ -22,7 +22,7 @@ import threading
 import time
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TextIO
+from typing import NoReturn, TextIO
 
 ROOT = Path(__file__).parents[1]
 # each names a module of this package with ``run_stage(options, deadline) -> status``
@@ -142,8 +142,8 @@ def say(line: str, log: TextIO) -> None:
     log.flush()
 
 
-def work(options: argparse.Namespace) -> int:
-    """Do the work of a stage in this process."""
+def work(options: argparse.Namespace) -> NoReturn:
+    """Do the work of a stage in this process, and end it."""
     if options.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     # not before: torch looks for devices, and Triton for TRITON_INTERPRET, once
@@ -156,8 +156,13 @@ def work(options: argparse.Namespace) -> int:
     if options.stage in WITH_TUNED_SETTINGS and tuned.exists() and not options.rehearse:
         os.environ.setdefault("TOKENCACHE_LAUNCH_SETTINGS", str(tuned.resolve()))
     run_stage = importlib.import_module(f".{options.stage}", __package__).run_stage
-    status: int = run_stage(options, options.deadline)
-    return status
+    try:
+        status = run_stage(options, options.deadline)
+    except SystemExit as end:
+        status = end.code
+    # at once: where a device was lost, what else is done at the end of a process may crash it
+    sys.stdout.flush()
+    os._exit(status)
 
 
 if __name__ == "__main__":
