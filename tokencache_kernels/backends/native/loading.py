@@ -28,7 +28,7 @@ def load_library() -> str | None:
     try:
         torch.ops.load_library(path)
     except OSError as error:
-        return f"the native library does not load ({error})"
+        return f"the native library does not load ({error.__cause__ or error})"
     instructions = settings.cpu_instructions()
     if instructions is not None and not OPS.use_cpu_instructions(instructions):
         return (
@@ -47,7 +47,7 @@ def load_cuda_library() -> str | None:
     try:
         torch.ops.load_library(path)
     except OSError as error:
-        return f"its CUDA half does not load ({error})"
+        return f"its CUDA half does not load ({error.__cause__ or error})"
     return None
 
 
