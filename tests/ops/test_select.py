@@ -106,12 +106,16 @@ def test_more_tokens_than_a_program_holds_at_once(backend, device):
     assert_selected(fewer[0], fewer_positions[0], wanted)
 
 
-def test_ties_go_to_the_lowest_index(backend, device):
+# a gain of -0 leaves a score of -0 what it is
+@pytest.mark.parametrize("weight", [0.0, -0.25])
+def test_ties_go_to_the_lowest_index(backend, device, weight):
     scores = torch.tensor([[1.0, 2.0, 2.0, 0.0, -0.0, 2.0, 0.0, -1.0, 2.0]], device=device)
     staleness = torch.zeros(1, 9, dtype=torch.int32, device=device)
 
     def top(count):
-        indices, _, _ = select_tokens(scores, staleness, count, backend=backend)
+        indices, _, _ = select_tokens(
+            scores, staleness, count, staleness_weight=weight, backend=backend
+        )
         return indices[0].tolist()
 
     assert top(2) == [1, 2]
@@ -162,16 +166,18 @@ def test_all_nan_takes_the_first_tokens(backend, device):
     assert indices.tolist() == [[0, 1, 2, 3]]
 
 
-def test_normalised_scores_have_no_unit(backend, device):
-    scores = distinct_scores(2, 33, device=device)
-    staleness = torch.randint(0, 9, (2, 33), generator=torch.Generator().manual_seed(0))
+@pytest.mark.parametrize("N", [33, 8212])
+def test_normalised_scores_have_no_unit(backend, device, N):
+    scores = distinct_scores(2, N, device=device)
+    staleness = torch.randint(0, 9, (2, N), generator=torch.Generator().manual_seed(0))
     staleness = staleness.int().to(device)
+    other_units = torch.tensor([[1024.0], [2**-10]], device=device)
 
     def select(scale, normalize):
         options = {"staleness_weight": 0.05, "normalize": normalize, "backend": backend}
         return select_tokens(scores * scale, staleness, 9, **options)[0]
 
-    torch.testing.assert_close(select(1024.0, True), select(1.0, True), rtol=0, atol=0)
+    torch.testing.assert_close(select(other_units, True), select(1.0, True), rtol=0, atol=0)
     assert not torch.equal(select(1024.0, False), select(2**-10, False))
 
 
