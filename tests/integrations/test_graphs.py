@@ -198,6 +198,20 @@ def test_a_captured_run_is_the_uncaptured_one_bit_for_bit(name, make_policy):
 
 
 @pytest.mark.parametrize("name", MODELS)
+def test_runs_may_be_in_inference_mode_and_outside_in_turn(name):
+    still = make(name)
+    apply_token_cache(still, constant())
+    changing = twins(name, constant())
+
+    for step in range(4 * STEPS):
+        named = inputs(name, step)
+        expected = call(still, named)
+        with torch.inference_mode(step // STEPS % 2 == 0):
+            outs = [call(model, named) for model in changing]
+        assert all(torch.equal(out, expected) for out in outs), f"call {step}"
+
+
+@pytest.mark.parametrize("name", MODELS)
 def test_no_python_of_a_block_runs_in_a_replayed_step(name):
     model = make(name)
     apply_token_cache(model, fora(3, STEPS), cuda_graphs=True)

@@ -88,7 +88,11 @@ class StaticInputs:
 
     def __init__(self, arguments: Mapping[str, Any]) -> None:
         leaves, self._structure = tree_flatten_with_path(dict(arguments))
-        self._leaves = [leaf.clone() if isinstance(leaf, Tensor) else leaf for _, leaf in leaves]
+        # a later run may be outside of the inference mode of this one
+        with torch.inference_mode(False):
+            self._leaves = [
+                leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for _, leaf in leaves
+            ]
 
     def fill_(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
         """Copy the tensors in, and return the arguments with the copies in their place."""

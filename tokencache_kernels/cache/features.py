@@ -4,6 +4,7 @@ import math
 from collections.abc import Hashable
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from ..errors import CacheMissError
@@ -57,7 +58,9 @@ class FeatureCache:
         known = min(trend.known, len(buffers))
         for order in range(known + 1):
             if order == len(buffers):
-                buffers.append(new.clone())
+                # a later run may be outside of the inference mode of this one
+                with torch.inference_mode(False):
+                    buffers.append(new.clone())
             elif order == known:
                 buffers[order].copy_(new)
             else:

@@ -14,8 +14,10 @@ class TokenState:
 
     def __init__(self, num_layers: int, batch: int, num_tokens: int, device: torch.device) -> None:
         shape = (num_layers, batch, num_tokens)
-        self.scores: Tensor = torch.empty(shape, dtype=torch.float32, device=device)
-        self.staleness: Tensor = torch.empty(shape, dtype=torch.int32, device=device)
+        # a later run may be outside of the inference mode of this one
+        with torch.inference_mode(False):
+            self.scores: Tensor = torch.empty(shape, dtype=torch.float32, device=device)
+            self.staleness: Tensor = torch.empty(shape, dtype=torch.int32, device=device)
         self.reset()
 
     def reset(self) -> None:

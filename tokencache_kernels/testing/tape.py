@@ -99,6 +99,8 @@ class _Recorder(TorchDispatchMode):
             tensor.copy_(before)
         self._before.clear()
 
+    # a graph writes whatever mode its tensors were made in
+    @torch.inference_mode()
     def replay(self) -> None:
         """Run the ops again; what they returned then receives what they return now."""
         for func, args, kwargs, output in self._calls:
@@ -107,6 +109,7 @@ class _Recorder(TorchDispatchMode):
                 if _address(mine) != _address(new):
                     mine.copy_(new)
 
+    @torch.inference_mode()
     def poison(self) -> None:
         """Overwrite everything that was allocated inside."""
         for tensor in self._inside.values():
