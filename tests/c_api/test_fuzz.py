@@ -26,7 +26,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from tokencache_kernels.backends import reference
-from tokencache_kernels.testing import assert_within_budget
+from tokencache_kernels.testing import error_budget
 from tokencache_kernels.version import __version__
 
 CSRC = Path(__file__).parents[2] / "csrc"
@@ -365,7 +365,7 @@ def overlaps(tensors):
 
 
 def run_reference(call, views):
-    """What each result must be: (out, exact, rounded) for assert_within_budget, or equal to out."""
+    """What each result must be: (out, exact, rounded) within a budget, or equal to out."""
     v = call.values
     op = call.op
 
@@ -585,7 +585,10 @@ def check_results(call, tensors, homes, before):
         elif is_tame and tensor.dtype == torch.float64:  # in which the reference is not exact
             torch.testing.assert_close(out, exact, rtol=1e-12, atol=1e-12)
         elif is_tame:
-            assert_within_budget(out, exact, rounded)
+            # of so few numbers the reference may be exact by chance: a few roundings more
+            slack = 8 * torch.finfo(out.dtype).eps * exact.abs().max().item()
+            error = (out.double() - exact).abs().max().item()
+            assert error <= error_budget(exact, rounded) + slack
         tensor.view(home).copy_(out)
     assert all(np.array_equal(homes[name], before[name]) for name in homes)
 
