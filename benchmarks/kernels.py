@@ -11,7 +11,7 @@ import faulthandler
 import gc
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -238,37 +238,60 @@ def time_case(
     }
     make_inputs = partial(op.make_inputs, shape, dtype, device)
     sets = [make_inputs(seed) for seed in range(2 if rehearse else op.num_sets(shape, dtype))]
-    failed = journal.failed(case.key)
+
+    def prepare(way: Way, mode: str) -> tuple[Call, Record]:
+        if way.is_comparable and mode != "graph":
+            check_result(way, op, make_inputs)
+        calls = [way.bind(inputs) for inputs in sets]
+        run = prepare_run(calls, mode)
+        return run, {**way.make_notes(), "peak_bytes": measure_peak_bytes(calls[0], device)}
+
+    ways = list_ways(op, dtype, device, case.is_leading and not rehearse)
+    timed = time_ways(ways, prepare, len(sets), case.key, common, device, journal, rehearse)
+    yield from add_shares(timed, ceilings[dtype])
+
+
+def time_ways(
+    ways: Iterable[Any],
+    prepare: Callable[[Any, str], tuple[Call, Record]],
+    num_parts: int,
+    key: Record,
+    common: Record,
+    device: torch.device,
+    journal: Journal,
+    rehearse: bool,
+) -> Iterator[Record]:
+    """A record for each mode of each way, all timed in turn; an error ends a way.
+
+    ``prepare`` gives the run, of ``num_parts`` equal parts, and what its record says beside.
+    """
+    failed = journal.failed(key)
     runs, records = {}, {}
-    for way in list_ways(op, dtype, device, case.is_leading and not rehearse):
+    for way in ways:
         for mode in way.modes:
             contender = {"backend": way.name, "mode": mode, "baseline": way.is_baseline}
             if (way.name, mode) in failed:
                 break
             # compiling takes its time
             faulthandler.dump_traceback_later(MAX_SECONDS, exit=True)
-            journal.enter(case.key, **contender)
+            journal.enter(key, **contender)
             try:
-                if way.is_comparable and mode != "graph":
-                    check_result(way, op, make_inputs)
-                calls = [way.bind(inputs) for inputs in sets]
-                runs[way.name, mode] = prepare_run(calls, mode)
-                records[way.name, mode] = {
-                    **common,
-                    **contender,
-                    **way.make_notes(),
-                    "input_sets": len(sets),
-                    "peak_bytes": measure_peak_bytes(calls[0], device),
-                }
+                runs[way.name, mode], notes = prepare(way, mode)
+                records[way.name, mode] = {**common, **contender, **notes, "input_sets": num_parts}
             except Exception as error:
                 yield {**common, **contender, "error": describe_error(error)}
                 break
-    journal.enter(case.key)
-    sample_seconds = 0 if rehearse else SAMPLE_SECONDS
-    times = time_in_turn(runs, device, 2 if rehearse else 30, sample_seconds)
-    for contender, seconds in times.items():
-        record = {**records[contender], **summarise(seconds, parts=len(sets))}
-        yield {**record, "share_of_ceiling": ceilings[dtype].share(record)}
+    journal.enter(key)
+    samples, seconds = (2, 0) if rehearse else (30, SAMPLE_SECONDS)
+    for contender, taken in time_in_turn(runs, device, samples, seconds).items():
+        yield {**records[contender], **summarise(taken, parts=num_parts)}
+
+
+def add_shares(records: Iterable[Record], ceilings: Ceilings) -> Iterator[Record]:
+    """Say of what was timed how near to the ceilings it is."""
+    for record in records:
+        is_timed = "median_ms" in record
+        yield {**record, "share_of_ceiling": ceilings.share(record)} if is_timed else record
 
 
 def trace_ops(found: Sequence[Case], options: argparse.Namespace, deadline: float) -> None:

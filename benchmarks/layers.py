@@ -9,7 +9,6 @@ timed, which bound it.
 """
 
 import argparse
-import faulthandler
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -29,17 +28,17 @@ from . import published
 from .cases import TINY, Shape
 from .kernels import (
     MAX_ERROR,
-    SAMPLE_SECONDS,
     Ceilings,
+    add_shares,
     has_failed,
     measure_all_ceilings,
     name_dtype,
     prepare_run,
     release_memory,
+    time_ways,
 )
 from .records import describe_run
-from .stages import MAX_SECONDS, Journal, Record, describe_error, in_time, work_through
-from .timing import summarise, time_in_turn
+from .stages import Journal, Record, in_time, work_through
 
 # a tenth of the tokens fresh and more: DiT-XL/2, and all tokens of FLUX
 LEADING = (
@@ -512,31 +511,17 @@ def time_case(
         "flops": case.flops,
         **ceilings[case.dtype].fields,
     }
-    failed = journal.failed(case.key)
     work = case.make_work()
-    runs, records = {}, {}
-    for way in list_ways(case):
-        for mode in way.modes:
-            contender = {"backend": way.name, "mode": mode, "baseline": way.is_baseline}
-            if (way.name, mode) in failed:
-                continue
-            # each may take a compiler's time
-            faulthandler.dump_traceback_later(MAX_SECONDS, exit=True)
-            journal.enter(case.key, **contender)
-            try:
-                run = way.make_run()
-                if way.is_comparable:
-                    check_result(case, run)
-                runs[way.name, mode] = prepare_run([partial(run, work)], mode)
-                records[way.name, mode] = {**common, **contender, "input_sets": case.shape.L}
-            except Exception as error:
-                yield {**common, **contender, "error": describe_error(error)}
-    journal.enter(case.key)
-    samples, seconds = (2, 0) if rehearse else (30, SAMPLE_SECONDS)
-    times = time_in_turn(runs, case.device, samples, seconds)
-    for contender, taken in times.items():
-        record = {**records[contender], **summarise(taken, parts=case.shape.L)}
-        yield {**record, "share_of_ceiling": ceilings[case.dtype].share(record)}
+
+    def prepare(way: Way, mode: str) -> tuple[Callable[[], object], Record]:
+        run = way.make_run()
+        if way.is_comparable:
+            check_result(case, run)
+        return prepare_run([partial(run, work)], mode), {}
+
+    ways, depth = list_ways(case), case.shape.L
+    timed = time_ways(ways, prepare, depth, case.key, common, case.device, journal, rehearse)
+    yield from add_shares(timed, ceilings[case.dtype])
 
 
 def check_result(case: Case, run: Callable[[Work], Tensor]) -> None:
