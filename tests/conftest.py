@@ -1,7 +1,13 @@
 """Fixtures for every test: the backends that can run here, the device, and poisoned memory."""
 
+import json
 import os
+import subprocess
+import sys
 import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -46,3 +52,26 @@ def poisoned_memory():
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def rehearse(tmp_path: Path) -> Callable[[str, str], list[dict[str, Any]]]:
+    """Rehearse some cases of a stage of the run book; returns its records."""
+
+    def run(stage: str, only: str) -> list[dict[str, Any]]:
+        command = [
+            *(sys.executable, "-m", "benchmarks.gpu", "--stage", stage, "--rehearse"),
+            *("--only", only, "--out", str(tmp_path)),
+        ]
+        done = subprocess.run(
+            command,
+            cwd=Path(__file__).resolve().parents[1],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        lines = (tmp_path / f"{stage}.jsonl").read_text().splitlines()
+        return [json.loads(line) for line in lines]
+
+    return run

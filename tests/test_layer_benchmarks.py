@@ -1,11 +1,6 @@
 """The stage ``layers``, rehearsed: every contender does the same work, and leaves its records."""
 
-import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +9,6 @@ from benchmarks import layers
 from benchmarks.kernels import Ceilings
 from benchmarks.stages import Journal
 
-ROOT = Path(__file__).resolve().parents[1]
 FIELDS = {
     "case", "shape", "sizes", "dtype", "backend", "mode", "baseline", "median_ms", "p20_ms",
     "p80_ms", "runs", "input_sets", "bytes", "flops", "share_of_ceiling", "ceiling_gbps_measured",
@@ -23,21 +17,9 @@ FIELDS = {
 }  # fmt: skip
 
 
-def test_a_rehearsal_records_every_contender(tmp_path):
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "benchmarks.gpu", "--stage", "layers", "--rehearse"),
-            *("--only", "layer/tiny/", "--out", tmp_path),
-        ],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-
-    assert done.returncode == 0, done.stdout + done.stderr
-    lines = (tmp_path / "layers.jsonl").read_text().splitlines()
-    records = [record for record in map(json.loads, lines) if record["case"] == "layer"]
+def test_a_rehearsal_records_every_contender(rehearse):
+    records = rehearse("layers", "layer/tiny/")
+    records = [record for record in records if record["case"] == "layer"]
     expected = {"eager", "auto", "auto-selecting-by-layer", "triton", "library", "dense"}
     assert expected <= {record["backend"] for record in records}
     for record in records:

@@ -1,12 +1,8 @@
 """The stage ``models``, rehearsed; and the published way, which must do the same work as ours."""
 
-import json
-import os
-import subprocess
 import sys
 from argparse import Namespace
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -24,7 +20,6 @@ from tokencache_kernels.integrations.diffusers import (
 from tokencache_kernels.policies import MODELS, ToCaConfig, make_plan
 from tokencache_kernels.testing import Tape
 
-ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
 # full-size, but without any memory
 NOWHERE = torch.device("meta")
@@ -36,20 +31,8 @@ def case():
     return models.Case("dit-xl-256px", 2, "policies", CPU, rehearse=True)
 
 
-def test_a_rehearsal_records_runs_and_steps(tmp_path):
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "benchmarks.gpu", "--stage", "models", "--rehearse"),
-            *("--only", "dit-xl-256px-2/bfloat16/toca", "--out", tmp_path),
-        ],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-
-    assert done.returncode == 0, done.stdout + done.stderr
-    records = [json.loads(line) for line in (tmp_path / "models.jsonl").read_text().splitlines()]
+def test_a_rehearsal_records_runs_and_steps(rehearse):
+    records = rehearse("models", "dit-xl-256px-2/bfloat16/toca")
     found = {(r["policy"], r["backend"], r["modulation"]) for r in records}
     assert found == {
         ("dense", "torch", "per-step"),
