@@ -41,6 +41,7 @@ _HOMES = {
         "attention_received",
         "attention_with_entropy",
         "blend",
+        "drop_packed_weights",
         "gather_modulate",
         "gather_rows",
         "head_norms",

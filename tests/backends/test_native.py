@@ -4,12 +4,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 
 from tokencache_kernels import backends, info, settings
 from tokencache_kernels.backends import native, reference
 from tokencache_kernels.backends.native import loading
 from tokencache_kernels.errors import BackendUnavailableError
-from tokencache_kernels.ops import gather_rows
+from tokencache_kernels.ops import drop_packed_weights, gather_rows
 from tokencache_kernels.testing import assert_within_budget, in_float64, randn, random_indices
 from tokencache_kernels.version import __version__
 
@@ -399,34 +400,182 @@ def test_build_info_is_of_this_version():
     assert all(facts.values())
 
 
-def test_a_packed_weight_follows_every_write_to_it():
-    weight, x = randn(48, 32, seed=1), randn(1, 7, 32)
-    first = native.linear(x, weight, None, "none", None)
-    assert torch.equal(native.linear(x, weight, None, "none", None), first)
-    torch.testing.assert_close(first, x @ weight.T)
+def packed_parts():
+    """The packed copies that are kept, of all weights."""
+    weights = sys.modules[native.linear.__module__]._weights
+    return [part for parts in weights._parts_of.values() for part in parts.values()]
 
-    weight[:24] *= 2
-    out = native.linear(x, weight, None, "none", None)
-    part = native.linear(x, weight[8:24], None, "none", None)
+
+@pytest.fixture
+def no_packed_weights():
+    drop_packed_weights()
+    yield
+    drop_packed_weights()
+
+
+def fused_step(optimizer, parameter):
+    parameter.grad = torch.ones_like(parameter)
+    optimizer([parameter], lr=0.5, fused=True).step()
+
+
+def merge_as_an_adapter(parameter):
+    parameter.data = parameter.data + 0.5
+
+
+def keep_an_average(parameter):
+    parameter.data.copy_(2 * parameter.detach().clone())
+
+
+def write_a_vector(parameter):
+    nn.utils.vector_to_parameters(torch.ones(parameter.numel()), [parameter])
+
+
+def write_as_numpy(parameter):
+    parameter.detach().numpy()[:] = 1
+
+
+def write_to_the_storage(parameter):
+    other = torch.full_like(parameter, 0.5)
+    parameter.untyped_storage().copy_(other.untyped_storage())
+
+
+def swap(parameter):
+    torch.utils.swap_tensors(parameter, nn.Parameter(torch.ones_like(parameter)))
+
+
+def resize(parameter):
+    size = parameter.untyped_storage().nbytes()
+    parameter.untyped_storage().resize_(0)
+    parameter.untyped_storage().resize_(size)
+    parameter.data.fill_(0.5)
+
+
+def write_a_slice(parameter):
+    parameter.data[17:20] = 4
+
+
+WRITERS = {
+    "in place": lambda parameter: parameter.mul_(2),
+    "by a view": lambda parameter: parameter[3:7].mul_(2),
+    **{
+        f"fused {optimizer.__name__}": partial(fused_step, optimizer)
+        for optimizer in (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD, torch.optim.Adagrad)
+    },
+    **{
+        writer.__name__: writer
+        for writer in (
+            merge_as_an_adapter, keep_an_average, write_a_vector, write_as_numpy,
+            write_to_the_storage, swap, resize, write_a_slice,
+        )
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+@torch.no_grad()
+def test_a_packed_weight_follows_every_write_to_it(writer, no_packed_weights):
+    parameter, x = nn.Parameter(randn(48, 32, seed=1)), randn(1, 7, 32)
+    before = native.linear(x, parameter, None, "none", None)
+
+    WRITERS[writer](parameter)
+
+    out = native.linear(x, parameter, None, "none", None)
+    torch.testing.assert_close(out, x @ parameter.T)
+    assert not torch.equal(out, before)
+
+
+@torch.no_grad()
+def test_a_write_that_only_a_full_comparison_shows_is_seen_within_as_many_uses_as_pieces(
+    no_packed_weights,
+):
+    weight, x = randn(192, 128, seed=1), randn(1, 7, 128)
+    native.linear(x, weight, None, "none", None)
+
+    weight.numpy()[101, 77] = 100
+    # no sample of these lies there
+    assert not (sys.modules[native.linear.__module__]._sample(weight) == 100).any()
+    for _ in range(64):
+        out = native.linear(x, weight, None, "none", None)
 
     torch.testing.assert_close(out, x @ weight.T)
-    torch.testing.assert_close(part, x @ weight[8:24].T)
 
 
-def test_packed_weights_go_with_their_owner():
+@torch.no_grad()
+def test_a_module_that_changes_its_dtype_is_packed_anew(no_packed_weights):
+    layer, x = nn.Linear(32, 48), randn(1, 7, 32)
+    for dtype in (torch.float32, torch.bfloat16, torch.float32, torch.float16):
+        layer.to(dtype)
+        out = native.linear(x.to(dtype), layer.weight, layer.bias, "none", None)
+        torch.testing.assert_close(out, layer(x.to(dtype)))
+
+    assert len(packed_parts()) <= 1
+
+
+def test_a_module_whose_weights_are_packed_can_be_swapped(no_packed_weights):
+    layer = nn.Linear(32, 48)
+    with torch.no_grad():
+        native.linear(randn(1, 7, 32), layer.weight, layer.bias, "none", None)
+    before = torch.__future__.get_swap_module_params_on_conversion()
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        layer.double()
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(before)
+
+    assert layer.weight.dtype == torch.float64
+    assert packed_parts() == []
+
+
+@torch.no_grad()
+def test_packed_parts_of_a_weight_never_take_more_memory_than_it(no_packed_weights):
+    weight, x = randn(96, 32), randn(1, 7, 32)
+    for first in range(90):
+        out = native.linear(x, weight[first:], None, "none", None)
+        torch.testing.assert_close(out, x @ weight[first:].T)
+    assert len(packed_parts()) == 1
+
+    for part in weight.split(32):
+        native.linear(x, part, None, "none", None)
+
+    assert len(packed_parts()) == 3
+
+
+@torch.no_grad()
+def test_packed_weights_go_with_their_owner(no_packed_weights):
     weight = randn(48, 32)
-    native.linear(randn(1, 7, 32), weight, None, "none", None)
-    packed = sys.modules[native.linear.__module__]._weights._views_of
-    before = len(packed)
-
+    view = weight[3:]
+    native.linear(randn(1, 7, 32), view, None, "none", None)
     del weight
+    assert len(packed_parts()) == 1
 
-    assert len(packed) == before - 1
+    del view
+
+    assert packed_parts() == []
 
 
-def test_no_weight_is_packed_where_that_is_turned_off(monkeypatch):
-    monkeypatch.setenv("TOKENCACHE_PACK_WEIGHTS", "0")
-    weight = randn(48, 32)
-    native.linear(randn(1, 7, 32), weight, None, "none", None)
+@torch.no_grad()
+def test_packed_weights_are_dropped_on_demand(no_packed_weights):
+    layers = nn.Linear(32, 48), nn.Linear(32, 48)
+    for layer in layers:
+        native.linear(randn(1, 7, 32), layer.weight, layer.bias, "none", None)
+    assert len(packed_parts()) == 2
 
-    assert weight not in sys.modules[native.linear.__module__]._weights._views_of
+    drop_packed_weights(layers[0])
+    assert len(packed_parts()) == 1
+
+    drop_packed_weights()
+    assert packed_parts() == []
+
+
+# of the flags' own context manager, where torch has no Intel GPU
+@pytest.mark.filterwarnings("ignore:TF32 acceleration")
+@pytest.mark.parametrize("way", ["setting", "flags"])
+def test_no_weight_is_packed_where_that_is_turned_off(way, monkeypatch, no_packed_weights):
+    weight, x = randn(48, 32), randn(1, 7, 32)
+    if way == "setting":
+        monkeypatch.setenv("TOKENCACHE_PACK_WEIGHTS", "0")
+    with torch.backends.mkldnn.flags(enabled=way != "flags"):
+        out = native.linear(x, weight, None, "none", None)
+
+    torch.testing.assert_close(out, x @ weight.T)
+    assert packed_parts() == []

@@ -5,6 +5,7 @@ implementation; in-place ops end in ``_`` and return their argument. No op synch
 host.
 """
 
+from ..backends.native.linear import drop_packed_weights
 from ..backends.reference import QkNorm
 from .attention import attention, attention_with_entropy
 from .blend import blend
@@ -25,6 +26,7 @@ __all__ = [
     "attention_received",
     "attention_with_entropy",
     "blend",
+    "drop_packed_weights",
     "gather_modulate",
     "gather_rows",
     "head_norms",

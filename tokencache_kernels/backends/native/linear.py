@@ -1,15 +1,17 @@
 """Linear layers on packed rows: one launch on a GPU; on the CPU oneDNN, which fuses the activation.
 
-Packing a weight costs about as much as one small product. It is done once, when the weight is first
-used, and the packed copy lives as long as the weight itself.
+Packing a weight costs about as much as one small product. It is done when the weight is first used,
+and again after it was written to; the packed copy lives as long as the weight's memory.
 """
 
+import weakref
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
+from torch import Tensor, nn
 
 from ... import settings
 from ..reference.linear import ACTIVATIONS
@@ -20,33 +22,158 @@ from .rows import gather_rows, scatter_rows_
 _FUSED = {"none": ("none", ""), "gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh"),
           "silu": ("swish", "")}  # fmt: skip
 
+# of a weight, compared at each use: elements of it, and one of so many pieces
+_SAMPLES, _PIECES = 509, 64
+
+
+@dataclass
+class _Packed:
+    """A packed copy of a weight, and what tells whether the weight has changed since.
+
+    Attributes:
+        packed: in oneDNN's layout.
+        version: the weight's version counter, which most writes move.
+        sample: some elements of it, far apart.
+        sums: of each of its ``_PIECES`` pieces, as integers.
+        num_uses: so far; the pieces take turns.
+    """
+
+    packed: Tensor
+    version: int
+    sample: Tensor
+    sums: list[int]
+    num_uses: int = 0
+
+    @classmethod
+    def of(cls, weight: Tensor) -> "_Packed":
+        """Pack a weight."""
+        return cls(
+            packed=torch.ops.mkldnn._reorder_linear_weight(weight.contiguous()),
+            version=weight._version,
+            sample=_sample(weight).clone(),
+            sums=[_sum_piece(weight, piece) for piece in range(_PIECES)],
+        )
+
+    def is_of(self, weight: Tensor) -> bool:
+        """Whether the weight seems unchanged: version, sample, and one piece in full."""
+        self.num_uses += 1
+        piece = self.num_uses % _PIECES
+        return (
+            self.version == weight._version
+            and torch.equal(self.sample, _sample(weight))
+            and self.sums[piece] == _sum_piece(weight, piece)
+        )
+
+
+def _span(weight: Tensor) -> int:
+    """How many elements lie between its first and its last, with any that are not its own."""
+    O, K = weight.shape  # noqa: E741
+    return (O - 1) * weight.stride(0) + K
+
+
+def _sample(weight: Tensor) -> Tensor:
+    """A view of about ``_SAMPLES`` elements, evenly spread."""
+    step = max(_span(weight) // _SAMPLES, 1)
+    return weight.as_strided(((_span(weight) - 1) // step + 1,), (step,))
+
+
+def _sum_piece(weight: Tensor, piece: int) -> int:
+    """The sum of the bits in one piece of the memory that a weight spans, 8 bytes at a time."""
+    storage = weight.untyped_storage()
+    first = weight.storage_offset() * weight.itemsize // 8
+    last = ((weight.storage_offset() + _span(weight)) * weight.itemsize + 7) // 8
+    size = (last - first) // _PIECES + 1
+    start = first + piece * size
+    end = min(start + size, last, storage.nbytes() // 8)
+    if end <= start:
+        return 0
+    numbers = torch.empty(0, dtype=torch.int64, device="cpu")
+    return int(numbers.set_(storage, start, (end - start,), (1,)).sum())
+
 
 class _PackedWeights:
-    """Packed copies by weight: by the tensor that owns the memory, and the view of it."""
+    """Packed copies by the storage that holds the weight, and by the part of it.
+
+    Parts that are kept never overlap, so they never take more memory than the weight. They go as
+    soon as the storage does: when the weight dies, or moves to another device or dtype. It is the
+    storage that is watched, since tensors with a weak reference cannot be swapped.
+    """
 
     def __init__(self) -> None:
-        self._views_of = WeakTensorKeyDictionary()
+        self._parts_of: dict[int, dict[Any, _Packed]] = {}
+        self._storages: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
     def find(self, weight: Tensor) -> Tensor:
         """The packed copy of ``weight`` as it is now."""
-        owner = weight if weight._base is None else weight._base
-        views: dict[Any, tuple[int, Tensor]] = self._views_of.setdefault(owner, {})
-        view = (weight.storage_offset(), weight.shape, weight.stride())
-        version = weight._version  # grows with every write, through whatever view
-        if view not in views or views[view][0] != version:
-            packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous())
-            views[view] = (version, packed)
-        return views[view][1]
+        weight = weight.detach()
+        storage = weight.untyped_storage()
+        parts = self._parts_in(storage)
+        start = weight.data_ptr()
+        end = start + _span(weight) * weight.itemsize
+        part = (start, weight.shape, weight.stride(), weight.dtype, end)
+        found = parts.get(part)
+        if found is None or not found.is_of(weight):
+            for other in [other for other in parts if _overlap(part, other)]:
+                del parts[other]
+            found = parts[part] = _Packed.of(weight)
+        return found.packed
+
+    def drop(self, tensors: Iterable[Tensor] | None = None) -> None:
+        """Forget the copies of these weights, or all."""
+        if tensors is None:
+            self._parts_of.clear()
+            self._storages.clear()
+            return
+        for tensor in tensors:
+            if type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__:
+                self._forget(tensor.untyped_storage()._cdata)
+
+    def _parts_in(self, storage: torch.UntypedStorage) -> dict[Any, _Packed]:
+        key = storage._cdata
+        known = self._storages.get(key)
+        if known is None or known() is not storage:
+            self._forget(key)
+            self._parts_of[key] = {}
+            self._storages[key] = weakref.ref(storage, lambda _: self._forget(key))
+        return self._parts_of[key]
+
+    def _forget(self, key: int) -> None:
+        self._parts_of.pop(key, None)
+        self._storages.pop(key, None)
+
+
+def _overlap(part: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
+    """Whether two parts of a storage share memory, from the first byte of each to its last."""
+    (start, *_, end), (other_start, *_, other_end) = part, other
+    return bool(start < other_end and other_start < end)
 
 
 _weights = _PackedWeights()
+
+
+def drop_packed_weights(module: nn.Module | None = None) -> None:
+    """Forget the packed copies of a module's weights, or of all weights.
+
+    On the CPU a weight is packed for oneDNN when an op first uses it. Whatever writes to the weight
+    afterwards is seen: by its version counter where it moves that, else by its address, dtype and
+    a sample of some 500 elements compared at each use. A smaller write than that, by a way that
+    moves no version counter (``weight.data[3, 5] = 0``), may go unseen for up to 64 uses, after
+    which all of the weight has been compared: drop the copies after such a write.
+
+    Args:
+        module: whose parameters and buffers; None: all.
+    """
+    if module is None:
+        _weights.drop()
+    else:
+        _weights.drop([*module.parameters(), *module.buffers()])
 
 
 def _can_pack(weight: Tensor) -> bool:
     """Whether oneDNN multiplies in this dtype on this processor, and packing is not turned off."""
     if not settings.packs_weights() or weight.is_inference() or weight.numel() == 0:
         return False
-    if not torch.backends.mkldnn.is_available():
+    if not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled:
         return False
     if weight.dtype == torch.bfloat16:
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
