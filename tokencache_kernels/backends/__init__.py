@@ -8,6 +8,7 @@ run there.
 import importlib
 import logging
 from collections.abc import Callable, Iterable
+from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -59,14 +60,23 @@ def resolve(
 
 def unavailable(name: str, op: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """The reason why backend ``name`` cannot run ``op`` on ``device`` in ``dtype``, or None."""
-    try:
-        module = load(name)
-    except ImportError as error:
-        return f"it cannot be imported ({error})"
+    module = _import_once(name)
+    if isinstance(module, str):
+        return f"it cannot be imported ({module})"
     reason: str | None = module.unavailable(device, dtype)
     if reason is None and not hasattr(module, op):
         reason = f"it has no {op}"
     return reason
+
+
+@cache
+def _import_once(name: str) -> ModuleType | str:
+    """The backend's module, or why it cannot be imported: a broken library may raise anything."""
+    try:
+        return load(name)
+    except Exception as error:
+        text = str(error) or "no reason given"
+        return text if isinstance(error, ImportError) else f"{type(error).__name__}: {text}"
 
 
 def load(name: str) -> ModuleType:

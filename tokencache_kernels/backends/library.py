@@ -247,8 +247,8 @@ CANDIDATES = {
 def _import_error(module: str) -> str | None:
     try:
         importlib.import_module(module)
-    except ImportError as error:
-        return f"it cannot be imported ({error})"
+    except Exception as error:  # a broken library may raise anything
+        return f"it cannot be imported ({error or type(error).__name__})"
     return None
 
 

@@ -43,9 +43,10 @@ def expect(
         dtypes = (like.dtype,)
     if tensor.dtype not in dtypes:
         wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        raise TypeError(
-            f"{op}: {name} must be {wanted}, got {str(tensor.dtype).removeprefix('torch.')}"
-        )
+        got = str(tensor.dtype).removeprefix("torch.")
+        if torch.is_autocast_enabled(tensor.device.type):
+            got += " (torch.autocast is on, and an op casts nothing: give it one dtype)"
+        raise TypeError(f"{op}: {name} must be {wanted}, got {got}")
     if like is not None and tensor.device != like.device:
         fail(op, name, f"be on {like.device}", tensor.device)
     for size, wanted_size in zip(tensor.shape, shape, strict=True):
@@ -87,20 +88,69 @@ def _check_index_values(op: str, indices: Tensor, num_tokens: int, may_repeat: b
             fail(op, "indices", "name each token once", f"a repeated token in sample {sample}")
 
 
+def is_plain(*weights: Tensor) -> bool:
+    """Whether these are no subclasses (quantised, say), of which PyTorch alone knows products."""
+    return all(
+        type(weight) is Tensor
+        or type(weight) is torch.nn.Parameter
+        or type(weight).__module__.startswith("torch._subclasses.")
+        for weight in weights
+    )
+
+
 def expect_activation(op: str, activation: str) -> None:
     """Check the name of an activation."""
     if activation not in ACTIVATIONS:
         fail(op, "activation", f"be one of {', '.join(ACTIVATIONS)}", repr(activation))
 
 
+def expect_writable(op: str, name: str, tensor: Tensor) -> None:
+    """Check that what is written has unit stride, and that no two elements share their memory."""
+    if tensor.is_contiguous():
+        return
+    if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+        fail(op, name, "have stride 1 along its last dimension", tensor.stride(-1))
+    reach = 1  # beyond the elements of the dimensions so far
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and stride < reach:
+            fail(
+                op, name, "have elements that share no memory, to be written",
+                f"shape {tuple(tensor.shape)} with strides {tensor.stride()}",
+            )  # fmt: skip
+        reach += (size - 1) * stride
+
+
 def expect_no_grad(op: str, *tensors: Tensor | None) -> None:
-    """Refuse inputs that would need a gradient: only the reference has one."""
+    """Refuse inputs that would need a derivative or a batching rule: only the reference has one."""
     if torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad for tensor in tensors
     ):
         raise RuntimeError(
             f"{op}: inputs must not require grad (only backend='reference' has a gradient; "
             "or call it under torch.no_grad()), got an input that requires grad"
+        )
+    if not torch.compiler.is_compiling():
+        expect_no_transform(op, *tensors)
+
+
+def expect_no_transform(op: str, *tensors: Tensor | None) -> None:
+    """Refuse inputs of ``torch.func`` transforms, and dual tensors of forward-mode gradients."""
+    has_levels = torch._C._functorch.maybe_current_level() is not None
+    is_forward = torch.autograd.forward_ad._current_level >= 0
+    if not has_levels and not is_forward:
+        return
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if has_levels and torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+            got = "an input of torch.func"
+        elif is_forward and torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None:
+            got = "an input with a tangent"
+        else:
+            continue
+        raise RuntimeError(
+            f"{op}: backend must be 'reference' under torch.func (grad, jvp, vmap) and for "
+            f"forward-mode gradients, got {got}"
         )
 
 

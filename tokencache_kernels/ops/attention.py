@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ..backends import library, reference
 from ._checks import expect, expect_no_grad, fail
-from ._library import define, run
+from ._library import define, run, without_autocast
 
 
 def _run_attention(
@@ -105,7 +105,7 @@ def attention(
     """
     softmax_scale = _check_attention("attention", query, key, value, key_lengths, softmax_scale)
     if backend == "reference":
-        return reference.attention(query, key, value, key_lengths, softmax_scale)
+        return without_autocast(reference.attention)(query, key, value, key_lengths, softmax_scale)
     expect_no_grad("attention", query, key, value)
     out, lse = _attention(query, key, value, key_lengths, softmax_scale, backend)
     return out, lse
@@ -152,7 +152,7 @@ def attention_with_entropy(
     op = "attention_with_entropy"
     softmax_scale = _check_attention(op, query, key, value, key_lengths, softmax_scale)
     if backend == "reference":
-        return reference.attention_with_entropy(
+        return without_autocast(reference.attention_with_entropy)(
             query, key, value, key_lengths, softmax_scale, head_mean
         )
     expect_no_grad(op, query, key, value)

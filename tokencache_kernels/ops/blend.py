@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..backends import reference
 from ._checks import expect, fail
-from ._library import NAMESPACE, define, run
+from ._library import NAMESPACE, define, run, without_autocast
 
 
 def _run_blend_backward(
@@ -108,5 +108,5 @@ def blend(cached: Tensor, fresh: Tensor, weight: Tensor, *, backend: str = "auto
     # 1 - weight, and the sum of many tokens' gradients, have too few digits in low precision
     weights = weight.to(torch.promote_types(cached.dtype, torch.float32)).expand(B, N)
     if backend == "reference":
-        return reference.blend(cached, fresh, weights)
+        return without_autocast(reference.blend)(cached, fresh, weights)
     return _blend(cached, fresh, weights, backend)

@@ -1,10 +1,21 @@
 """Linear layers on packed rows: the activation fused, the result scattered to its tokens."""
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..backends import reference
-from ._checks import expect, expect_activation, expect_indices, expect_no_grad, fail
-from ._library import define, no_result, run
+from ._checks import (
+    expect,
+    expect_activation,
+    expect_indices,
+    expect_no_grad,
+    expect_writable,
+    fail,
+    is_plain,
+)
+from ._library import define, no_result, run, without_autocast
+from .rows import gather_rows, scatter_rows_
 
 
 def _run_linear(
@@ -35,7 +46,7 @@ def _run_linear_scatter_(
 
 
 def _run_linear_scatter(cache: Tensor, *arguments: object) -> Tensor:
-    out = cache.clone()
+    out = cache.clone(memory_format=torch.contiguous_format)
     _run_linear_scatter_(out, *arguments)  # type: ignore[arg-type]
     return out
 
@@ -58,7 +69,7 @@ _linear_scatter = define(
     "linear_scatter(Tensor cache, Tensor indices, Tensor x, Tensor weight, Tensor? bias,"
     " Tensor? gate, bool residual, Tensor? features, str backend) -> Tensor",
     _run_linear_scatter,
-    lambda cache, *_: cache.clone(),
+    lambda cache, *_: cache.clone(memory_format=torch.contiguous_format),
 )
 
 
@@ -79,7 +90,8 @@ def linear(
     Args:
         x: (B, S, K) packed rows, or (B, N, K) when ``indices`` is given; any float dtype; stride 1
             along K.
-        weight: (O, K), dtype and device of ``x``; stride 1 along K.
+        weight: (O, K), dtype and device of ``x``; stride 1 along K. By a weight of its own class
+            (quantised, say) PyTorch multiplies, whatever the backend.
         bias: (O,), likewise, or None.
         activation: ``"none"``, ``"gelu"`` (erf), ``"gelu_tanh"`` or ``"silu"``.
         indices: (B, S) int32 or None; see ``gather_rows``.
@@ -101,8 +113,8 @@ def linear(
     expect_activation("linear", activation)
     if indices is not None:
         expect_indices("linear", indices, x, may_repeat=True)
-    if backend == "reference":
-        return reference.linear(x, weight, bias, activation, indices)
+    if backend == "reference" or not is_plain(weight):
+        return without_autocast(reference.linear)(x, weight, bias, activation, indices)
     expect_no_grad("linear", x, weight, bias)
     out: Tensor = _linear(x, weight, bias, activation, indices, backend)
     return out
@@ -128,15 +140,15 @@ def linear_scatter_(
     nothing, and every other row keeps its value.
 
     Args:
-        cache: (B, N, O), written in place; any float dtype; stride 1 along O.
+        cache: (B, N, O), written in place, not expanded; any float dtype; stride 1 along O. An
+            input that shares memory with it is copied first.
         indices: (B, S) int32, unique per sample; see ``gather_rows``.
         x: (B, S, K) packed rows, dtype and device of ``cache``; stride 1 along K.
         weight: (O, K), or (O, F + K) with ``features``, likewise.
         bias: (O,), likewise, or None.
         gate: (B, O), likewise, or None.
         residual: whether to add to the old value instead of replacing it.
-        features: (B, N, F), features of all tokens that come before ``x``, likewise, or None; they
-            share no memory with ``cache``.
+        features: (B, N, F), features of all tokens that come before ``x``, likewise, or None.
         backend: see ``linear``.
 
     Returns:
@@ -151,8 +163,14 @@ def linear_scatter_(
         the MLP in a single block of FLUX.
     """
     _check_linear_scatter("linear_scatter_", cache, indices, x, weight, bias, gate, features)
+    expect_writable("linear_scatter_", "cache", cache)
     if backend == "reference":
-        reference.linear_scatter_(cache, indices, x, weight, bias, gate, residual, features)
+        without_autocast(reference.linear_scatter_)(
+            cache, indices, x, weight, bias, gate, residual, features
+        )
+        return cache
+    if not is_plain(weight):
+        _scatter_product_(cache, indices, x, weight, bias, gate, residual, features, backend)
         return cache
     expect_no_grad("linear_scatter_", cache, x, weight, bias, gate, features)
     _linear_scatter_(cache, indices, x, weight, bias, gate, residual, features, backend)
@@ -175,11 +193,39 @@ def linear_scatter(
     _check_linear_scatter("linear_scatter", cache, indices, x, weight, bias, gate, features)
     if backend == "reference":
         out = cache.clone()
-        reference.linear_scatter_(out, indices, x, weight, bias, gate, residual, features)
+        without_autocast(reference.linear_scatter_)(
+            out, indices, x, weight, bias, gate, residual, features
+        )
+        return out
+    if not is_plain(weight):
+        out = cache.clone()
+        _scatter_product_(out, indices, x, weight, bias, gate, residual, features, backend)
         return out
     expect_no_grad("linear_scatter", cache, x, weight, bias, gate, features)
     out = _linear_scatter(cache, indices, x, weight, bias, gate, residual, features, backend)
     return out
+
+
+def _scatter_product_(
+    cache: Tensor,
+    indices: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gate: Tensor | None,
+    residual: bool,
+    features: Tensor | None,
+    backend: str,
+) -> None:
+    """``linear_scatter_`` by a weight that PyTorch alone multiplies by."""
+    if features is not None:
+        x = torch.cat([gather_rows(features, indices, backend=backend), x], dim=-1)
+    rows = without_autocast(F.linear)(x, weight, bias)
+    if gate is not None:
+        rows = gate[:, None] * rows
+    if residual:
+        rows = gather_rows(cache, indices, backend=backend) + rows
+    scatter_rows_(cache, indices, rows, backend=backend)
 
 
 def _check_linear_scatter(

@@ -1,10 +1,20 @@
 """The whole MLP of the selected tokens: gather, normalise, modulate, two linear layers, scatter."""
 
+import torch
 from torch import Tensor
 
 from ..backends import reference
-from ._checks import expect, expect_activation, expect_indices, expect_no_grad
-from ._library import define, no_result, run
+from ._checks import (
+    expect,
+    expect_activation,
+    expect_indices,
+    expect_no_grad,
+    expect_writable,
+    is_plain,
+)
+from ._library import define, no_result, run, without_autocast
+from .linear import linear, linear_scatter_
+from .modulate import gather_modulate
 
 
 def _run_mlp_(cache: Tensor, *arguments: object) -> None:
@@ -13,7 +23,7 @@ def _run_mlp_(cache: Tensor, *arguments: object) -> None:
 
 
 def _run_mlp(cache: Tensor, *arguments: object) -> Tensor:
-    out = cache.clone()
+    out = cache.clone(memory_format=torch.contiguous_format)
     _run_mlp_(out, *arguments)
     return out
 
@@ -24,7 +34,9 @@ _ARGUMENTS = (
 )
 _mlp_ = define(f"mlp_(Tensor(a!) cache, {_ARGUMENTS}) -> ()", _run_mlp_, no_result)
 _mlp = define(
-    f"mlp(Tensor cache, {_ARGUMENTS}) -> Tensor", _run_mlp, lambda cache, *_: cache.clone()
+    f"mlp(Tensor cache, {_ARGUMENTS}) -> Tensor",
+    _run_mlp,
+    lambda cache, *_: cache.clone(memory_format=torch.contiguous_format),
 )
 
 
@@ -50,7 +62,8 @@ def mlp_(
     launches, or one persistent launch, whichever the launch setting says.
 
     Args:
-        cache: (B, N, D), written in place: the MLP's output before the gate; any float dtype.
+        cache: (B, N, D), written in place, not expanded: the MLP's output before the gate; any
+            float dtype. An input that shares memory with it is copied first.
         hidden_states: (B, N, D), the MLP's input before its norm; dtype and device of ``cache``.
         indices: (B, S) int32, unique per sample; see ``gather_rows``.
         shift: (B, D), likewise.
@@ -79,13 +92,18 @@ def mlp_(
         "mlp_", cache, hidden_states, indices, shift, scale, fc1_weight, fc1_bias, fc2_weight,
         fc2_bias, activation,
     )  # fmt: skip
+    expect_writable("mlp_", "cache", cache)
     arguments = (
         hidden_states, indices, shift, scale, fc1_weight, fc1_bias, fc2_weight, fc2_bias,
         activation, eps,
     )  # fmt: skip
     if backend == "reference":
-        reference.mlp_(cache, *arguments)
+        without_autocast(reference.mlp_)(cache, *arguments)
         return cache
+    if not is_plain(fc1_weight, fc2_weight):
+        rows = gather_modulate(hidden_states, indices, shift, scale, eps=eps, backend=backend)
+        rows = linear(rows, fc1_weight, fc1_bias, activation=activation, backend=backend)
+        return linear_scatter_(cache, indices, rows, fc2_weight, fc2_bias, backend=backend)
     expect_no_grad(
         "mlp_", cache, hidden_states, shift, scale, fc1_weight, fc1_bias, fc2_weight, fc2_bias
     )
@@ -119,8 +137,13 @@ def mlp(
     )  # fmt: skip
     if backend == "reference":
         out = cache.clone()
-        reference.mlp_(out, *arguments)
+        without_autocast(reference.mlp_)(out, *arguments)
         return out
+    if not is_plain(fc1_weight, fc2_weight):
+        return mlp_(
+            cache.clone(), hidden_states, indices, shift, scale, fc1_weight, fc1_bias, fc2_weight,
+            fc2_bias, activation=activation, eps=eps, backend=backend,
+        )  # fmt: skip
     expect_no_grad(
         "mlp", cache, hidden_states, shift, scale, fc1_weight, fc1_bias, fc2_weight, fc2_bias
     )

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ..backends import reference
-from ._checks import expect, expect_indices, expect_no_grad, fail
-from ._library import define, no_result, run
+from ._checks import expect, expect_indices, expect_no_grad, expect_writable, fail
+from ._library import define, no_result, run, without_autocast
 from .select import invert_indices
 
 Gates = Sequence[Tensor | None]
@@ -125,8 +125,9 @@ def add_branches_(
     and rounded once by the fast paths. A run of skipped sub-layers collapses into one call.
 
     Args:
-        hidden_states: (B, N, D), written in place; any float dtype; stride 1 along D.
-        branches: J tensors (B, N, D), dtype and device of ``hidden_states``; none may overlap it.
+        hidden_states: (B, N, D), written in place, not expanded; any float dtype; stride 1 along D.
+        branches: J tensors (B, N, D), dtype and device of ``hidden_states``. One that shares memory
+            with it is copied first.
         gates: J gates (B, D), or None for an ungated branch.
         backend: ``"auto"``, ``"triton"``, ``"native"`` or ``"reference"``.
 
@@ -144,8 +145,11 @@ def add_branches_(
         Learning-to-Cache (arXiv:2406.01733).
     """
     _check_branches("add_branches_", hidden_states, branches, gates)
+    expect_writable("add_branches_", "hidden_states", hidden_states)
     if backend == "reference":
-        reference.add_branches(hidden_states, hidden_states, list(branches), list(gates))
+        without_autocast(reference.add_branches)(
+            hidden_states, hidden_states, list(branches), list(gates)
+        )
         return hidden_states
     expect_no_grad("add_branches_", hidden_states, *branches, *gates)
     _add_branches_(hidden_states, list(branches), list(gates), backend)
@@ -158,7 +162,9 @@ def add_branches(
     """Like ``add_branches_``, into a new contiguous tensor; ``hidden_states`` keeps its value."""
     _check_branches("add_branches", hidden_states, branches, gates)
     if backend == "reference":
-        return reference.sum_branches(hidden_states, list(branches), list(gates)).contiguous()
+        return without_autocast(reference.sum_branches)(
+            hidden_states, list(branches), list(gates)
+        ).contiguous()
     expect_no_grad("add_branches", hidden_states, *branches, *gates)
     out: Tensor = _add_branches(hidden_states, list(branches), list(gates), backend)
     return out
@@ -197,7 +203,9 @@ def gather_modulate(
     """
     _check_modulate("gather_modulate", hidden_states, indices, shift, scale)
     if backend == "reference":
-        return reference.gather_modulate(hidden_states, indices, shift, scale, eps)
+        return without_autocast(reference.gather_modulate)(
+            hidden_states, indices, shift, scale, eps
+        )
     expect_no_grad("gather_modulate", hidden_states, shift, scale)
     packed: Tensor = _gather_modulate(hidden_states, indices, shift, scale, eps, backend)
     return packed
@@ -220,7 +228,7 @@ def row_pass_(
     ``add_branches_`` followed by ``gather_modulate`` of its result.
 
     Args:
-        hidden_states: (B, N, D), written in place; any float dtype; stride 1 along D.
+        hidden_states: (B, N, D), written in place; see ``add_branches_``.
         branches: J tensors (B, N, D); see ``add_branches_``.
         gates: J gates (B, D), or None for an ungated branch.
         indices: (B, S) int32, unique per sample; see ``gather_rows``.
@@ -244,9 +252,10 @@ def row_pass_(
     positions = _check_row_pass(
         "row_pass_", hidden_states, branches, gates, indices, positions, shift, scale, backend
     )
+    expect_writable("row_pass_", "hidden_states", hidden_states)
     gate_list, branch_list = list(gates), list(branches)
     if backend == "reference":
-        return reference.row_pass(
+        return without_autocast(reference.row_pass)(
             hidden_states, hidden_states, branch_list, gate_list, indices, positions, shift, scale,
             eps,
         )  # fmt: skip
@@ -275,8 +284,10 @@ def row_pass(
     )
     gate_list, branch_list = list(gates), list(branches)
     if backend == "reference":
-        out = reference.sum_branches(hidden_states, branch_list, gate_list).contiguous()
-        return out, reference.gather_modulate(out, indices, shift, scale, eps)
+        out = without_autocast(reference.sum_branches)(
+            hidden_states, branch_list, gate_list
+        ).contiguous()
+        return out, without_autocast(reference.gather_modulate)(out, indices, shift, scale, eps)
     expect_no_grad("row_pass", hidden_states, *branches, *gates, shift, scale)
     out, packed = _row_pass(
         hidden_states, branch_list, gate_list, indices, positions, shift, scale, eps, backend

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from ..backends import reference
 from ..backends.reference import QkNorm
-from ._checks import expect, expect_indices, expect_no_grad, fail
-from ._library import define, run
+from ._checks import expect, expect_indices, expect_no_grad, expect_writable, fail, is_plain
+from ._library import define, run, without_autocast
 
 NORMS = ("rms", "layer")
 
@@ -27,6 +27,12 @@ def _run_project_qkv_(
     all_keys: bool,
     backend: str,
 ) -> Tensor:
+    H, E = key_cache.shape[2:]
+    for name, cache in (("key_cache", key_cache), ("value_cache", value_cache)):
+        if H > 1 and cache.stride(2) != E:
+            fail("project_qkv_", name, "be contiguous in its heads", f"strides {cache.stride()}")
+    # of these all are read by the strides of one
+    weight, rotary = _with_same_strides(weight), _with_same_strides(rotary)
     query_bias, key_bias = norm[2:] or (None, None)
     query: Tensor = run("project_qkv_", key_cache, backend)(
         key_cache,
@@ -40,6 +46,12 @@ def _run_project_qkv_(
         all_keys,
     )
     return query
+
+
+def _with_same_strides(tensors: list[Tensor]) -> list[Tensor]:
+    if len({tensor.stride() for tensor in tensors}) <= 1:
+        return tensors
+    return [tensor.contiguous() for tensor in tensors]
 
 
 # what may be absent as a whole is an empty list
@@ -75,7 +87,8 @@ def project_qkv_(
     keep their values, and an empty slot writes nothing into them.
 
     Args:
-        key_cache: (B, N, H, E), written in place; any float dtype; contiguous in H and E.
+        key_cache: (B, N, H, E), written in place, not expanded; any float dtype; contiguous in H
+            and E. An input that shares memory with a cache is copied first.
         value_cache: (B, N, H, E), likewise, not overlapping ``key_cache``.
         x: (B, S, K), the packed rows of the tokens at ``indices``; (B, N, K), every token's row,
             with ``all_keys`` or without ``indices``; dtype and device of ``key_cache``.
@@ -107,6 +120,7 @@ def project_qkv_(
     for name, cache in (("key_cache", key_cache), ("value_cache", value_cache)):
         if H > 1 and cache.stride(2) != E:
             fail(op, name, "be contiguous in its heads", f"strides {cache.stride()}")
+        expect_writable(op, name, cache)
     if indices is not None:
         expect_indices(op, indices, key_cache)
     if indices is None or all_keys:
@@ -124,8 +138,8 @@ def project_qkv_(
     if rotary is not None:
         _check_rotary(op, *rotary, key_cache)
     tensors = (key_cache, value_cache, x, *weights, *biases, *norms, *(rotary or ()))
-    if backend == "reference":
-        return reference.project_qkv_(
+    if backend == "reference" or not is_plain(*weights):
+        return without_autocast(reference.project_qkv_)(
             key_cache, value_cache, x, indices, weights, biases or None, norm, rotary, all_keys
         )
     expect_no_grad(op, *tensors)
@@ -159,6 +173,8 @@ def _split(
     """Query's, key's and value's part, as views of what was given as one."""
     if isinstance(parts, Tensor):
         fused = (3 * shape[0], *shape[1:])
+        if not is_plain(parts):
+            fail(op, name, "be a plain tensor, or query's, key's and value's", type(parts).__name__)
         expect(op, name, parts, fused, f"(3{letters[1:]}", like=like)
         return list(parts.split(shape[0]))
     if len(parts) != 3:

@@ -1,10 +1,11 @@
 """Move rows of selected tokens: from a feature tensor into packed rows, and back."""
 
+import torch
 from torch import Tensor
 
 from ..backends import reference
-from ._checks import expect, expect_indices, expect_no_grad
-from ._library import define, no_result, run
+from ._checks import expect, expect_indices, expect_no_grad, expect_writable
+from ._library import define, no_result, run, without_autocast
 
 _gather_rows = define(
     "gather_rows(Tensor hidden_states, Tensor indices, str backend) -> Tensor",
@@ -22,7 +23,7 @@ def _run_scatter_rows_(cache: Tensor, indices: Tensor, rows: Tensor, backend: st
 
 
 def _run_scatter_rows(cache: Tensor, indices: Tensor, rows: Tensor, backend: str) -> Tensor:
-    out = cache.clone()
+    out = cache.clone(memory_format=torch.contiguous_format)
     _run_scatter_rows_(out, indices, rows, backend)
     return out
 
@@ -35,7 +36,7 @@ _scatter_rows_ = define(
 _scatter_rows = define(
     "scatter_rows(Tensor cache, Tensor indices, Tensor rows, str backend) -> Tensor",
     _run_scatter_rows,
-    lambda cache, indices, rows, backend: cache.clone(),
+    lambda cache, indices, rows, backend: cache.clone(memory_format=torch.contiguous_format),
 )
 
 
@@ -65,7 +66,7 @@ def gather_rows(hidden_states: Tensor, indices: Tensor, *, backend: str = "auto"
     expect("gather_rows", "hidden_states", hidden_states, (None, None, None), "(B, N, D)")
     expect_indices("gather_rows", indices, hidden_states, may_repeat=True)
     if backend == "reference":
-        return reference.gather_rows(hidden_states, indices)
+        return without_autocast(reference.gather_rows)(hidden_states, indices)
     expect_no_grad("gather_rows", hidden_states)
     return _gather_rows(hidden_states, indices, backend)
 
@@ -77,10 +78,11 @@ def scatter_rows_(cache: Tensor, indices: Tensor, rows: Tensor, *, backend: str 
     keeps its value.
 
     Args:
-        cache: (B, N, D), written in place; any float dtype; stride 1 along D.
+        cache: (B, N, D), written in place, not expanded; any float dtype; stride 1 along D.
         indices: (B, S) int32, unique per sample; see ``gather_rows``. With repeats, one of the
             rows stays.
-        rows: (B, S, D), dtype and device of ``cache``; stride 1 along D.
+        rows: (B, S, D), dtype and device of ``cache``; stride 1 along D. They may be rows of
+            ``cache`` itself, which are copied first.
         backend: see ``gather_rows``.
 
     Returns:
@@ -93,8 +95,9 @@ def scatter_rows_(cache: Tensor, indices: Tensor, rows: Tensor, *, backend: str 
         The cache update of ToCa (arXiv:2410.05317, algorithm 1).
     """
     _check_scatter_rows("scatter_rows_", cache, indices, rows)
+    expect_writable("scatter_rows_", "cache", cache)
     if backend == "reference":
-        reference.scatter_rows_(cache, indices, rows)
+        without_autocast(reference.scatter_rows_)(cache, indices, rows)
         return cache
     expect_no_grad("scatter_rows_", cache, rows)
     _scatter_rows_(cache, indices, rows, backend)
@@ -106,7 +109,7 @@ def scatter_rows(cache: Tensor, indices: Tensor, rows: Tensor, *, backend: str =
     _check_scatter_rows("scatter_rows", cache, indices, rows)
     if backend == "reference":
         out = cache.clone()
-        reference.scatter_rows_(out, indices, rows)
+        without_autocast(reference.scatter_rows_)(out, indices, rows)
         return out
     expect_no_grad("scatter_rows", cache, rows)
     return _scatter_rows(cache, indices, rows, backend)

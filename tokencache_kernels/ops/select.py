@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from ..backends import reference
-from ._checks import FLOATS, expect, fail
-from ._library import define, run
+from ._checks import FLOATS, expect, expect_no_transform, fail
+from ._library import define, run, without_autocast
 
 Grid = tuple[int, int]
 
@@ -22,6 +22,8 @@ def _run_select_tokens_(
     bonus: float,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
+    if not staleness.is_contiguous():
+        fail("select_tokens_", "staleness", "be contiguous", f"strides {staleness.stride()}")
     result: tuple[Tensor, Tensor] = run("select_tokens_", scores, backend)(
         scores, staleness, num_fresh, max_fresh, staleness_weight, normalize,
         None if grid is None else (grid[0], grid[1]), tile, bonus,
@@ -212,7 +214,7 @@ def invert_indices(indices: Tensor, num_tokens: int, *, backend: str = "auto") -
     if indices.shape[1] > num_tokens:
         fail("invert_indices", "num_tokens", f"be at least S = {indices.shape[1]}", num_tokens)
     if backend == "reference":
-        return reference.invert_indices(indices, num_tokens)
+        return without_autocast(reference.invert_indices)(indices, num_tokens)
     positions: Tensor = _invert_indices(indices, num_tokens, backend)
     return positions
 
@@ -230,6 +232,8 @@ def _select(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """Hand over in the backends' shape (L, B, N)."""
+    if not torch.compiler.is_compiling():
+        expect_no_transform("select_tokens_", scores, staleness)
     if scores.dim() == 2:
         # views, so that the caller's staleness is what is written
         scores, staleness = scores[None], staleness[None]

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ..backends import reference
 from ._checks import expect, expect_no_grad, fail
-from ._library import define, run
+from ._library import define, run, without_autocast
 
 METRICS = ("cosine", "relative_l1")
 
@@ -119,7 +119,7 @@ def attention_received(
         lse = lse[..., ::query_stride]
     query = query[:, ::query_stride]
     if backend == "reference":
-        return reference.attention_received(query, key, lse, softmax_scale)
+        return without_autocast(reference.attention_received)(query, key, lse, softmax_scale)
     expect_no_grad("attention_received", query, key, lse)
     out: Tensor = _attention_received(query, key, lse, softmax_scale, backend)
     return out
@@ -161,7 +161,7 @@ def attention_entropy(
             like=query, dtypes=(torch.int32,),
         )  # fmt: skip
     if backend == "reference":
-        return reference.attention_entropy(query, key, key_lengths, softmax_scale)
+        return without_autocast(reference.attention_entropy)(query, key, key_lengths, softmax_scale)
     expect_no_grad("attention_entropy", query, key)
     out: Tensor = _attention_entropy(query, key, key_lengths, softmax_scale, backend)
     return out
@@ -185,7 +185,7 @@ def head_norms(x: Tensor, *, backend: str = "auto") -> Tensor:
     """
     _expect_heads("head_norms", "x", x, "(B, N, H, E)")
     if backend == "reference":
-        return reference.head_norms(x)
+        return without_autocast(reference.head_norms)(x)
     expect_no_grad("head_norms", x)
     out: Tensor = _head_norms(x, backend)
     return out
@@ -219,7 +219,7 @@ def token_change(
     if metric not in METRICS:
         fail("token_change", "metric", f"be one of {', '.join(METRICS)}", repr(metric))
     if backend == "reference":
-        return reference.token_change(new, old, metric)
+        return without_autocast(reference.token_change)(new, old, metric)
     expect_no_grad("token_change", new, old)
     out: Tensor = _token_change(new, old, metric, backend)
     return out

@@ -24,6 +24,7 @@ def attention(
     H, E) and (B, H, S), this in float32 at least; a query without any key gives zeros and -inf.
     """
     out, lse = _new_outputs(query)
+    value = _without_padding(value, key_lengths)
     for queries, weights, sums in _weight_blocks(query, key, key_lengths, softmax_scale):
         out[:, queries], lse[:, :, queries] = _mix_values(weights, value), sums
     return out, lse
@@ -44,6 +45,7 @@ def attention_with_entropy(
     """
     out, lse = _new_outputs(query)
     entropy = torch.zeros_like(lse[:, 0] if head_mean else lse)
+    value = _without_padding(value, key_lengths)
     for queries, weights, sums in _weight_blocks(query, key, key_lengths, softmax_scale):
         rows = weights.mean(dim=1) if head_mean else weights
         # a weight of 0 adds nothing, and must not make the gradient infinite
@@ -59,9 +61,21 @@ def attention_logits(
     wide = torch.promote_types(query.dtype, torch.float32)
     logits = torch.einsum("bshe,bnhe->bhsn", query.to(wide), key.to(wide)) * softmax_scale
     if key_lengths is not None:
-        beyond = torch.arange(key.shape[1], device=key.device) >= key_lengths[:, None]
+        beyond = _beyond(key, key_lengths)
         logits = logits.masked_fill(beyond[:, None, None], -torch.inf)
     return logits
+
+
+def _beyond(key: Tensor, key_lengths: Tensor) -> Tensor:
+    """Which tokens (B, N) lie beyond a sample's length."""
+    return torch.arange(key.shape[1], device=key.device) >= key_lengths[:, None]
+
+
+def _without_padding(value: Tensor, key_lengths: Tensor | None) -> Tensor:
+    """The values, with zeros beyond the lengths: a weight of 0 times a NaN there would be NaN."""
+    if key_lengths is None:
+        return value
+    return value.masked_fill(_beyond(value, key_lengths)[..., None, None], 0)
 
 
 def _new_outputs(query: Tensor) -> tuple[Tensor, Tensor]:

@@ -37,6 +37,9 @@ def select_tokens_(
         staleness.copy_(torch.where(step_positions >= 0, 0, staleness + 1))
         indices.append(step_indices)
         positions.append(step_positions)
+    if not indices:
+        L, B, N = scores.shape
+        return staleness.new_empty(0, L, B, max_fresh), staleness.new_empty(0, L, B, N)
     return torch.stack(indices), torch.stack(positions)
 
 
