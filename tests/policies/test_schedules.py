@@ -1,9 +1,24 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tokencache_kernels.policies import AdaptiveSchedule, IntervalSchedule, Site, Step, ToCaConfig
+from tokencache_kernels.policies import (
+    Action,
+    AdaptiveSchedule,
+    DuCaConfig,
+    IntervalSchedule,
+    LearningToCacheConfig,
+    Site,
+    Step,
+    StepSchedule,
+    ToCaConfig,
+    fora,
+    taylor_seer,
+)
 
 SITE = Site("main", 0, "mlp")
 LATER = Site("main", 5, "mlp")
@@ -205,3 +220,69 @@ def test_the_first_step_is_always_full(schedule, total, layer):
 def test_a_wrong_setting_is_named(build, sentence):
     with pytest.raises(ValueError, match=sentence):
         build()
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        ToCaConfig.preset("dit-xl-ddim50", refresh_interval=4, last_step_full=True),
+        DuCaConfig.preset("flux-1-dev", last_step_full=True),
+        fora(4, 50, last_step_full=True),
+        taylor_seer(5, 50, last_step_full=True),
+        ToCaConfig.constant(0.1, 4, 50, last_step_full=True),
+        LearningToCacheConfig(-torch.ones(50, 12), last_step_full=True),
+    ],
+    ids=lambda policy: type(policy).__name__,
+)
+def test_the_last_step_is_full_by_name_and_no_other_step_changes(policy):
+    schedule = getattr(policy, "toca", policy)
+    published = (
+        replace(policy, last_step_full=False)
+        if isinstance(policy, LearningToCacheConfig)
+        else replace(schedule, schedule=schedule.schedule.schedule)
+    )
+
+    for index in range(49):
+        step = Step(index, 50)
+        actions = [one.decide(SITE, step, 64).action for one in (schedule, published)]
+        assert actions[0] is actions[1]
+    assert policy.decide(SITE, Step(49, 50), 64).action is Action.FULL
+
+
+def test_full_steps_by_name_are_the_steps_and_places_count_from_them():
+    schedule = StepSchedule((0, 3, 4, 9), 10)
+
+    assert full_steps(schedule, 10) == full_steps(schedule, 10, LATER) == [0, 3, 4, 9]
+    places = [schedule.place(Step(index, 10)) for index in range(10)]
+    assert places == [0, 1, 2, 0, 0, 1, 2, 3, 4, 0]
+
+
+@pytest.mark.parametrize(("num_full", "total"), [(1, 7), (2, 7), (5, 7), (7, 7), (12, 50)])
+def test_even_steps_begin_and_end_full(num_full, total):
+    steps = StepSchedule.even(num_full, total).steps
+
+    assert len(steps) == num_full
+    assert steps[0] == 0
+    assert num_full == 1 or steps[-1] == total - 1
+    gaps = np.diff(steps)
+    assert num_full == 1 or gaps.max() - gaps.min() <= 1
+
+
+@pytest.mark.parametrize(
+    ("steps", "sentence"),
+    [
+        ((), r"StepSchedule: steps must ascend from 0 without repetition, got \(\)"),
+        ((1, 2), "must ascend from 0"),
+        ((0, 2, 2), "without repetition"),
+        ((0, 5, 3), "must ascend"),
+        ((0, 10), "must be below total = 10"),
+    ],
+)
+def test_sets_of_full_steps_that_are_none_are_refused(steps, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        StepSchedule(steps, 10)
+
+
+def test_full_steps_for_another_number_of_steps_are_refused_and_not_rescaled():
+    with pytest.raises(ValueError, match="total must be 20, the sampler's, got 10"):
+        StepSchedule((0, 5), 10).is_full(SITE, Step(0, 20))

@@ -1,5 +1,6 @@
 """Policies: when (schedule) x where (router) x which (selector), and what they will cost."""
 
+from .carriers import Carrier, Chebyshev, Hermite, Newton, Taylor
 from .decisions import Action, Decision, Policy, Site, Step, count_fresh, list_remembered
 from .duca import DuCaConfig
 from .learning_to_cache import (
@@ -22,7 +23,7 @@ from .predictors import (
     save_predictor,
 )
 from .routers import FactorRouter, Router
-from .schedules import AdaptiveSchedule, IntervalSchedule, Schedule
+from .schedules import AdaptiveSchedule, IntervalSchedule, LastStepFull, Schedule, StepSchedule
 from .selectors import RandomSelector, ScoreSelector, Selector
 from .shapes import (
     ModelShape,
@@ -49,15 +50,20 @@ __all__ = [
     "Action",
     "AdaptiveSchedule",
     "CacheRouter",
+    "Carrier",
+    "Chebyshev",
     "ContentPredictor",
     "Decision",
     "DuCaConfig",
     "FactorRouter",
+    "Hermite",
     "IntervalSchedule",
+    "LastStepFull",
     "LearningToCacheConfig",
     "Model",
     "ModelShape",
     "ModuleShape",
+    "Newton",
     "PercentileSchedule",
     "Plan",
     "Policy",
@@ -73,7 +79,9 @@ __all__ = [
     "StackShape",
     "Step",
     "StepPlan",
+    "StepSchedule",
     "TablePredictor",
+    "Taylor",
     "ToCaConfig",
     "TokenCacheConfig",
     "TwoPhaseSchedule",

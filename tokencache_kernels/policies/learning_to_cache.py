@@ -44,6 +44,7 @@ class LearningToCacheConfig:
         counts_down: whether ``s`` counts down to 0, as for DiT, or up from 0, as for U-ViT.
         model: what the router was trained for, in words.
         name: how the policy is called in reports.
+        last_step_full: whether the last step computes every sub-layer, too; False: as published.
         fingerprint: of the logits.
 
     Source:
@@ -55,6 +56,7 @@ class LearningToCacheConfig:
     counts_down: bool = True
     model: str = ""
     name: str = "learning-to-cache"
+    last_step_full: bool = False
     fingerprint: str = field(init=False)
 
     def __post_init__(self) -> None:
@@ -97,7 +99,8 @@ class LearningToCacheConfig:
 
     def is_full(self, step: Step) -> bool:
         """Whether every sub-layer is computed in ``step``, whatever the mask says."""
-        return step.index == 0 or step.counter(self.counts_down) % 2 == 1
+        is_last = self.last_step_full and step.index == step.total - 1
+        return is_last or step.index == 0 or step.counter(self.counts_down) % 2 == 1
 
     @property
     def cached_counters(self) -> list[int]:
@@ -171,7 +174,7 @@ def save_router(router: LearningToCacheConfig, path: Path) -> None:
     """Write a router as safetensors; the file is there as a whole or not."""
     from safetensors.torch import save
 
-    names = ("threshold", "counts_down", "model", "name")
+    names = ("threshold", "counts_down", "model", "name", "last_step_full")
     facts = {name: getattr(router, name) for name in names}
     facts.update(num_layers=router.num_layers, num_inference_steps=router.num_inference_steps)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,9 +1,9 @@
 """When: which steps compute everything and store it, and which live on what was stored."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Protocol
+from typing import Any, Protocol
 
 from ..ops._checks import fail
 from .decisions import Site, Step, round_float32
@@ -100,6 +100,77 @@ class AdaptiveSchedule:
     def place(self, step: Step) -> int:
         """``s % tau``, and 0 in the first step."""
         return _full_steps(self, step.total)[step.index][2]
+
+
+@dataclass(frozen=True)
+class StepSchedule:
+    """The full steps by name, for one number of steps: nothing is rescaled or rounded.
+
+    Attributes:
+        steps: ascending, without repetition, from 0.
+        total: the sampler's number of steps.
+    """
+
+    steps: tuple[int, ...]
+    total: int
+
+    def __post_init__(self) -> None:
+        check_full_steps(type(self).__name__, self.steps, self.total)
+
+    @classmethod
+    def even(cls, num_full: int, total: int) -> "StepSchedule":
+        """Spread ``num_full`` full steps evenly from the first step to the last, both full.
+
+        Args:
+            num_full: in [2, total], or 1, which is the first step alone.
+            total: the sampler's number of steps.
+        """
+        if not 1 <= num_full <= total:
+            fail(cls.__name__, "num_full", f"be in [1, {total}]", num_full)
+        gaps = max(num_full - 1, 1)
+        return cls(tuple(round(place * (total - 1) / gaps) for place in range(num_full)), total)
+
+    def is_full(self, site: Site, step: Step) -> bool:
+        """Whether ``site`` computes every token in ``step``."""
+        return self._index(step) in self.steps
+
+    def place(self, step: Step) -> int:
+        """Count the steps since the last full one."""
+        index = self._index(step)
+        return index - max(full for full in self.steps if full <= index)
+
+    def _index(self, step: Step) -> int:
+        if step.total != self.total:
+            fail(type(self).__name__, "total", f"be {step.total}, the sampler's", self.total)
+        return step.index
+
+
+def check_full_steps(owner: str, steps: Sequence[int], total: int) -> None:
+    """Refuse a set of full steps that is no set, leaves the first step out, or does not fit."""
+    if not steps or steps[0] != 0 or list(steps) != sorted(set(steps)):
+        fail(owner, "steps", "ascend from 0 without repetition", tuple(steps))
+    if steps[-1] >= total:
+        fail(owner, "steps", f"be below total = {total}", tuple(steps))
+
+
+@dataclass(frozen=True)
+class LastStepFull:
+    """Another schedule, whose last step is full, too.
+
+    Published schedules leave the last step stale wherever their cycle happens to end.
+    """
+
+    schedule: Schedule
+
+    def is_full(self, site: Site, step: Step) -> bool:
+        """Whether ``site`` computes every token in ``step``."""
+        return step.index == step.total - 1 or self.schedule.is_full(site, step)
+
+    def place(self, step: Step) -> int:
+        """The place in the cycle; the last step is the first of one."""
+        cyclic: Any = self.schedule
+        place: int = 0 if step.index == step.total - 1 else cyclic.place(step)
+        return place
 
 
 @lru_cache(maxsize=64)

@@ -7,7 +7,7 @@ from functools import partial
 from ..ops._checks import fail
 from .decisions import Action, Decision, Site, Step, count_fresh
 from .routers import FactorRouter, Router
-from .schedules import AdaptiveSchedule, IntervalSchedule, Schedule
+from .schedules import AdaptiveSchedule, IntervalSchedule, LastStepFull, Schedule
 from .selectors import RandomSelector, ScoreSelector, Selector
 
 # what a token gains in a whole cycle of waiting; a step of waiting gives 1 / refresh_interval of it
@@ -45,6 +45,7 @@ class ToCaConfig:
         mixed_steps: bool = False,
         seed: int | None = None,
         shares_guidance: bool | None = None,
+        last_step_full: bool = False,
     ) -> "ToCaConfig":
         """Build the published setting of a model, or a variation of it.
 
@@ -63,6 +64,7 @@ class ToCaConfig:
             shares_guidance: whether both halves of the batch select the same tokens; None: as
                 published. False where the batch has no guidance in it, or where its two passes are
                 two calls.
+            last_step_full: whether the last step is full, too; False: as published.
         """
         if name not in _PRESETS:
             fail("ToCaConfig.preset", "name", f"be one of {', '.join(_PRESETS)}", repr(name))
@@ -82,7 +84,7 @@ class ToCaConfig:
         if shares_guidance is not None:
             selector = replace(selector, shares_guidance=shares_guidance)
         return cls(
-            schedule=schedule,
+            schedule=LastStepFull(schedule) if last_step_full else schedule,
             router=row.router(ratio, num_layers),
             selector=selector,
             num_inference_steps=(
@@ -100,6 +102,7 @@ class ToCaConfig:
         *,
         selector: Selector | None = None,
         name: str = "constant",
+        last_step_full: bool = False,
     ) -> "ToCaConfig":
         """Recompute the same share of tokens in every layer and step; self-attention is reused.
 
@@ -109,8 +112,11 @@ class ToCaConfig:
             num_inference_steps: the sampler's steps.
             selector: which tokens; None: by attention received and staleness.
             name: how the policy is called in reports.
+            last_step_full: whether the last step is full, too.
         """
-        schedule = IntervalSchedule(refresh_interval)
+        schedule: Schedule = IntervalSchedule(refresh_interval)
+        if last_step_full:
+            schedule = LastStepFull(schedule)
         if selector is None:
             selector = ScoreSelector(staleness_weight=STALENESS_GAIN / refresh_interval)
         router = FactorRouter(fresh_ratio, module_weight={"attn": 0.0})
@@ -140,19 +146,33 @@ class ToCaConfig:
         return tuple(counts)
 
 
-def fora(refresh_interval: int, num_inference_steps: int) -> ToCaConfig:
-    """FORA (arXiv:2407.01425): every so many steps are full, and the others recompute no token."""
-    return ToCaConfig.constant(0.0, refresh_interval, num_inference_steps, name="fora")
+def fora(
+    refresh_interval: int, num_inference_steps: int, *, last_step_full: bool = False
+) -> ToCaConfig:
+    """FORA (arXiv:2407.01425): every so many steps are full, and the others recompute no token.
+
+    ``last_step_full`` makes the last step full, too; as published it is not.
+    """
+    return ToCaConfig.constant(
+        0.0, refresh_interval, num_inference_steps, name="fora", last_step_full=last_step_full
+    )
 
 
-def taylor_seer(refresh_interval: int, num_inference_steps: int, order: int = 2) -> ToCaConfig:
+def taylor_seer(
+    refresh_interval: int,
+    num_inference_steps: int,
+    order: int = 2,
+    *,
+    last_step_full: bool = False,
+) -> ToCaConfig:
     """TaylorSeer (arXiv:2503.06923): no token is recomputed between full steps, all are forecast.
 
     Full are the first three steps, from which the differences are taken, and then every
-    ``refresh_interval``-th.
+    ``refresh_interval``-th; if ``last_step_full``, also the last one.
     """
+    schedule: Schedule = IntervalSchedule(refresh_interval, warmup=3, phase=2)
     return ToCaConfig(
-        IntervalSchedule(refresh_interval, warmup=3, phase=2),
+        LastStepFull(schedule) if last_step_full else schedule,
         FactorRouter(0.0),
         ScoreSelector("none"),
         num_inference_steps,
