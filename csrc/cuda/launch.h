@@ -4,6 +4,9 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <map>
+#include <mutex>
+#include <utility>
 
 // What every kernel is launched with and by.
 namespace tokencache {
@@ -36,15 +39,40 @@ __device__ T* shared_memory() {
   return reinterpret_cast<T*>(shared);
 }
 
-// Starts a kernel in a grid of blocks; for more shared memory than every device gives, its limit is
-// raised first.
+// Lets a kernel ask for all the shared memory that a block can have on the current device: its own
+// static bytes count as well. Once for each kernel and device, so that no launch lowers what
+// another one needs.
+inline cudaError_t allow_all_shared_memory(const void* kernel) {
+  static std::mutex mutex;
+  static std::map<std::pair<const void*, int>, cudaError_t> asked;
+  int device = 0;
+  if (const cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
+  const std::lock_guard lock(mutex);
+  const auto [place, is_new] = asked.try_emplace({kernel, device}, cudaSuccess);
+  if (!is_new) return place->second;
+  int bytes = 0;
+  cudaFuncAttributes attributes{};
+  cudaError_t error =
+      cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, kernel);
+  if (error == cudaSuccess) {
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 bytes - static_cast<int>(attributes.sharedSizeBytes));
+  }
+  // a failure that may pass is not kept
+  if (error != cudaSuccess) asked.erase(place);
+  return error;
+}
+
+// What a kernel may ask for without that, and what its static bytes never exceed.
+constexpr int64_t kPlainSharedBytes = 48 << 10, kMostStaticBytes = 3 << 10;
+
+// Starts a kernel in a grid of blocks.
 template <class... Params, class... Args>
 cudaError_t launch(void (*kernel)(Params...), dim3 grid, int threads, int64_t shared_bytes,
                    cudaStream_t stream, const Args&... args) {
-  if (shared_bytes > 48 << 10) {
-    const int bytes = static_cast<int>(std::min<int64_t>(shared_bytes, 1 << 30));
-    const cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (shared_bytes > kPlainSharedBytes - kMostStaticBytes) {
+    const cudaError_t error = allow_all_shared_memory(reinterpret_cast<const void*>(kernel));
     if (error != cudaSuccess) return error;
   }
   cudaLaunchConfig_t config{};

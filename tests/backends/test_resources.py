@@ -55,6 +55,10 @@ def test_no_kernel_of_the_built_library_spills():
         pytest.skip(str(error))
 
     assert kernels
+    # csrc/cuda/launch.h: what asks for shared memory has no more than 3 KB of its own; from sm_90
+    # on 1 KB of what is read belongs to the driver
+    large = {kernel.kernel for kernel in kernels if kernel.shared > 4 << 10}
+    assert large <= {"plain_linear_kernel"}
     assert [kernel for kernel in kernels if kernel.failure is not None] == []
 
 

@@ -4,17 +4,21 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <array>
 #include <cstring>
 #include <deque>
 #include <map>
 #include <memory>
+#include <numeric>
 #include <random>
+#include <span>
 #include <string>
 #include <vector>
 
 namespace tokencache {
 
-constexpr int kMostShared = 99 << 10;  // what a block gets on every architecture
+constexpr int kMostShared = 99 << 10;   // what a block gets on every architecture
+constexpr int kPlainShared = 48 << 10;  // and without having asked for more
 constexpr int kGuard = 1 << 10;
 
 // What shared_memory() in csrc/cuda/launch.h declares.
@@ -27,6 +31,7 @@ namespace {
 
 using tokencache::kGuard;
 using tokencache::kMostShared;
+using tokencache::kPlainShared;
 
 struct Copy {
   void* to;
@@ -41,6 +46,7 @@ struct Thread {
   ucontext_t context;
   State state;
   Meeting meeting;
+  Place barrier;
   void* argument;
   std::vector<Copy> open_copies;
   std::deque<std::vector<Copy>> copies;
@@ -51,7 +57,8 @@ Thread* running;
 ucontext_t scheduler;
 const std::function<void()>* body;
 std::string failure;
-std::map<const void*, int> limits;  // of shared memory, by kernel
+std::map<const void*, int> limits;  // of dynamic shared memory, by kernel
+std::mt19937 generator(1);          // of orders that no kernel may count on
 
 void leave(State state) {
   running->state = state;
@@ -79,15 +86,19 @@ void start(Thread& thread) {
 
 // The lanes of one warp, each until it waits for the block or ends.
 void run_warp(int first) {
+  std::array<int, kWarp> lanes;
+  std::iota(lanes.begin(), lanes.end(), 0);
   while (failure.empty()) {
     void* arguments[kWarp];
     int num_meeting = 0;
-    for (int lane = 0; lane < kWarp && failure.empty(); ++lane) {
+    std::shuffle(lanes.begin(), lanes.end(), generator);
+    for (int lane : lanes) {
       Thread& thread = *threads[first + lane];
       if (thread.state == State::kReady) {
         running = &thread;
         threadIdx.x = first + lane;
         swapcontext(&scheduler, &thread.context);
+        if (!failure.empty()) return;
       }
       num_meeting += thread.state == State::kMeeting;
       arguments[lane] = thread.argument;
@@ -106,10 +117,11 @@ void run_warp(int first) {
   }
 }
 
-// Fills all memory of __shared__ variables with NaN: what this library keeps for a thread.
-void poison_shared_memory() {
+// The memory of all __shared__ variables: what this library keeps for a thread.
+std::span<char> find_shared_memory() {
+  std::span<char> found;
   dl_iterate_phdr(
-      [](dl_phdr_info* info, size_t, void*) {
+      [](dl_phdr_info* info, size_t, void* result) {
         for (int i = 0; i < info->dlpi_phnum; ++i) {
           const ElfW(Phdr) & header = info->dlpi_phdr[i];
           auto* begin = static_cast<char*>(info->dlpi_tls_data);
@@ -118,17 +130,44 @@ void poison_shared_memory() {
               ours >= begin + header.p_memsz) {
             continue;
           }
-          std::memset(begin, 0xFF, header.p_memsz);
+          *static_cast<std::span<char>*>(result) = {begin, header.p_memsz};
           return 1;
         }
         return 0;
       },
-      nullptr);
+      &found);
+  return found;
 }
 
-void run_block(int num_threads, int64_t shared_bytes) {
-  static std::mt19937 generator(1);
-  poison_shared_memory();
+// The bytes of static __shared__ variables that a block has written, in the pieces of 16 in which
+// they are laid out: what a compiler for GPUs counts, but for what no thread writes.
+int64_t count_static_bytes(std::span<char> memory) {
+  const auto* dynamic = reinterpret_cast<const char*>(tokencache::shared);
+  const char* const last = memory.data() + memory.size();
+  int64_t bytes = 0;
+  for (const char* piece = memory.data(); piece < last; piece += 16) {
+    if (piece >= dynamic && piece < dynamic + sizeof tokencache::shared) continue;
+    const char* end = std::min(piece + 16, last);
+    if (std::any_of(piece, end, [](char byte) { return byte != '\xFF'; })) bytes += 16;
+  }
+  return bytes;
+}
+
+// All threads that have not ended wait; refuses what they do not wait for alike.
+void expect_one_barrier(int num_threads) {
+  for (int i = 1; i < num_threads; ++i) {
+    if (threads[i]->state != threads[0]->state) {
+      failure = "a thread ended where others wait for it";
+    } else if (threads[i]->state == State::kAtBarrier &&
+               threads[i]->barrier != threads[0]->barrier) {
+      failure = "threads of a block wait at different barriers";
+    }
+  }
+}
+
+void run_block(int num_threads, int64_t shared_bytes, int64_t most_shared) {
+  const std::span<char> memory = find_shared_memory();
+  std::memset(memory.data(), 0xFF, memory.size());
   std::vector<int> warps;
   for (int first = 0; first < num_threads; first += kWarp) warps.push_back(first);
   for (int i = 0; i < num_threads; ++i) start(*threads[i]);
@@ -136,6 +175,7 @@ void run_block(int num_threads, int64_t shared_bytes) {
     // in no order that a kernel may count on
     std::shuffle(warps.begin(), warps.end(), generator);
     for (int first : warps) run_warp(first);
+    if (failure.empty()) expect_one_barrier(num_threads);
     is_done = true;
     for (int i = 0; i < num_threads; ++i) {
       if (threads[i]->state == State::kDone) continue;
@@ -147,6 +187,9 @@ void run_block(int num_threads, int64_t shared_bytes) {
   if (std::any_of(guard, guard + kGuard, [](unsigned char byte) { return byte != 0xFF; })) {
     failure = "a block wrote behind its shared memory";
   }
+  if (count_static_bytes(memory) + shared_bytes > most_shared) {
+    failure = "a block has less shared memory than the launch and its variables need";
+  }
 }
 
 }  // namespace
@@ -157,7 +200,10 @@ void fail(const char* reason) {
   __builtin_unreachable();
 }
 
-void wait_for_block() { leave(State::kAtBarrier); }
+void wait_for_block(Place barrier) {
+  running->barrier = barrier;
+  leave(State::kAtBarrier);
+}
 
 void meet(Meeting meeting, void* argument) {
   running->meeting = meeting;
@@ -190,21 +236,16 @@ void make_copies(int most_groups_left) {
   }
 }
 
-cudaError_t set_limit_of_shared_memory(const void* kernel, int bytes) {
-  if (bytes > kMostShared) return cudaErrorInvalidValue;
-  limits[kernel] = bytes;
-  return cudaSuccess;
-}
-
 cudaError_t run(const cudaLaunchConfig_t& config, const void* kernel,
                 const std::function<void()>& run_thread) {
   const int64_t shared_bytes = config.dynamicSmemBytes;
-  const int64_t most_shared = limits.contains(kernel) ? limits[kernel] : 48 << 10;
+  const bool has_asked = limits.contains(kernel);
   const int num_threads = config.blockDim.x;
   gridDim = config.gridDim;
   if (gridDim.x == 0 || gridDim.y == 0 || gridDim.z == 0 || gridDim.x > INT32_MAX ||
-      gridDim.y > UINT16_MAX || gridDim.z > UINT16_MAX || shared_bytes > most_shared ||
-      num_threads < 1 || num_threads > 1024 || num_threads % kWarp != 0) {
+      gridDim.y > UINT16_MAX || gridDim.z > UINT16_MAX ||
+      shared_bytes > (has_asked ? limits[kernel] : kPlainShared) || num_threads < 1 ||
+      num_threads > 1024 || num_threads % kWarp != 0) {
     return cudaErrorInvalidConfiguration;
   }
   while (static_cast<int>(threads.size()) < num_threads) {
@@ -216,7 +257,7 @@ cudaError_t run(const cudaLaunchConfig_t& config, const void* kernel,
     for (unsigned y = 0; y < gridDim.y; ++y) {
       for (unsigned x = 0; x < gridDim.x && failure.empty(); ++x) {
         blockIdx = {x, y, z};
-        run_block(num_threads, shared_bytes);
+        run_block(num_threads, shared_bytes, has_asked ? kMostShared : kPlainShared);
       }
     }
   }
@@ -237,9 +278,25 @@ cudaError_t cudaGetDevice(int* device) {
   return cudaSuccess;
 }
 
-// Few, so that small problems also take the tiles of large ones.
-cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
-  *value = 2;
+// Few multiprocessors, so that small problems also take the tiles of large ones.
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  *value = attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin ? tokencache::kMostShared : 2;
+  return cudaSuccess;
+}
+
+// The one attribute that is set: the dynamic shared memory that a launch may ask for.
+cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int bytes) {
+  auto& limits = emulator::limits;
+  if (bytes > tokencache::kMostShared) return cudaErrorInvalidValue;
+  // another launch of the kernel, on another thread, may count on the higher one
+  if (limits.contains(kernel) && bytes < limits[kernel]) return cudaErrorInvalidValue;
+  limits[kernel] = bytes;
+  return cudaSuccess;
+}
+
+// How many static bytes a kernel has shows when it runs.
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
+  *attributes = {};
   return cudaSuccess;
 }
 

@@ -12,6 +12,7 @@
 #include <cmath>
 #include <cstdint>
 #include <functional>
+#include <source_location>
 #include <tuple>
 #include <utility>
 
@@ -33,8 +34,11 @@ constexpr int kWarp = 32;
 // Ends the launch with an error.
 [[noreturn]] void fail(const char* reason);
 
-// Returns when all threads of the block have called it.
-void wait_for_block();
+// A line of a source file.
+using Place = std::pair<const char*, unsigned>;
+
+// Returns when all threads of the block have called it, all at the same place.
+void wait_for_block(Place barrier);
 
 // What the lanes of a warp do together, each with an argument of its own.
 using Meeting = void (*)(void* const (&lanes)[kWarp]);
@@ -47,7 +51,6 @@ void copy_later(void* to, const void* from, bool is_there);
 void close_group_of_copies();
 void make_copies(int most_groups_left);
 
-cudaError_t set_limit_of_shared_memory(const void* kernel, int bytes);
 cudaError_t run(const cudaLaunchConfig_t& config, const void* kernel,
                 const std::function<void()>& run_thread);
 
@@ -83,12 +86,9 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
                        [&] { std::apply(kernel, given); });
 }
 
-template <class Kernel>
-cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute, int bytes) {
-  return emulator::set_limit_of_shared_memory(reinterpret_cast<const void*>(kernel), bytes);
+inline void __syncthreads(std::source_location at = std::source_location::current()) {
+  emulator::wait_for_block({at.file_name(), at.line()});
 }
-
-inline void __syncthreads() { emulator::wait_for_block(); }
 
 inline void __syncwarp() {
   emulator::meet([](void* const(&)[emulator::kWarp]) {}, nullptr);

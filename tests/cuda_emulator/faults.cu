@@ -1,5 +1,7 @@
+#include <cmath>
 #include <map>
 #include <string>
+#include <utility>
 
 #include "cuda/launch.h"
 #include "cuda/tensor_core.cuh"
@@ -27,6 +29,44 @@ __global__ void reads_too_early_kernel(float* out) {
 __global__ void writes_too_far_kernel(float*) {
   shared_memory<float>()[threadIdx.x + 1] = 0;
   __syncthreads();
+}
+
+// Shuffles would show it, shared memory alone does not.
+__global__ void forgets_to_meet_kernel(float* out) {
+  float* row = shared_memory<float>();
+  row[threadIdx.x] = static_cast<float>(threadIdx.x);
+  out[threadIdx.x] = row[threadIdx.x / 32 * 32 + (threadIdx.x + 1) % 32];
+}
+
+// What is read is there, but may be overwritten before.
+__global__ void overwrites_too_early_kernel(float* out) {
+  float* row = shared_memory<float>();
+  row[threadIdx.x] = static_cast<float>(threadIdx.x);
+  __syncwarp();
+  const float read = row[threadIdx.x / 32 * 32 + (threadIdx.x + 1) % 32];
+  row[threadIdx.x] = NAN;
+  out[threadIdx.x] = read;
+}
+
+__global__ void waits_at_two_barriers_kernel(float*) {
+  if (threadIdx.x < 32) {
+    __syncthreads();
+  } else {
+    __syncthreads();
+  }
+}
+
+__global__ void ends_before_a_barrier_kernel(float*) {
+  if (threadIdx.x < 32) return;
+  __syncthreads();
+}
+
+template <bool kAsks>
+__global__ void has_variables_of_its_own_kernel(float* out) {
+  __shared__ float own[kThreads];
+  own[threadIdx.x] = 1;
+  __syncthreads();
+  out[threadIdx.x] = own[kThreads - 1 - threadIdx.x];
 }
 
 __global__ void leaves_a_lane_out_kernel(float* out) {
@@ -59,19 +99,34 @@ __global__ void copies_from_between_kernel(float* out) {
 }  // namespace
 }  // namespace tokencache
 
-// Runs one of the kernels on 64 numbers; what was wrong with it, or null.
-extern "C" const char* run_kernel(const char* name, float* out, int blocks, int shared_bytes) {
+// Runs one of the kernels on 64 numbers, by launch() or without its care for shared memory; what
+// was wrong with it, or null.
+extern "C" const char* run_kernel(const char* name, float* out, int blocks, int shared_bytes,
+                                  bool asks_for_memory) {
   using namespace tokencache;
   const std::map<std::string, void (*)(float*)> kernels = {
       {"is well", well_kernel},
       {"reads too early", reads_too_early_kernel},
       {"writes too far", writes_too_far_kernel},
+      {"forgets to meet", forgets_to_meet_kernel},
+      {"overwrites too early", overwrites_too_early_kernel},
+      {"waits at two barriers", waits_at_two_barriers_kernel},
+      {"ends before a barrier", ends_before_a_barrier_kernel},
+      {"has variables of its own", has_variables_of_its_own_kernel<true>},
+      {"does not ask for them", has_variables_of_its_own_kernel<false>},
       {"leaves a lane out", leaves_a_lane_out_kernel},
       {"waits in a branch", waits_in_a_branch_kernel},
       {"forgets its copies", forgets_its_copies_kernel},
       {"reads before its copies", reads_before_its_copies_kernel},
       {"copies from between", copies_from_between_kernel},
   };
-  const cudaError_t error = launch(kernels.at(name), blocks, kThreads, shared_bytes, nullptr, out);
+  const auto kernel = kernels.at(name);
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(blocks);
+  config.blockDim = dim3(kThreads);
+  config.dynamicSmemBytes = shared_bytes;
+  const cudaError_t error = asks_for_memory
+                                ? launch(kernel, blocks, kThreads, shared_bytes, nullptr, out)
+                                : cudaLaunchKernelEx(&config, kernel, std::as_const(out));
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
