@@ -23,7 +23,7 @@ demo: setup  # the main job: a trained model, dense and cached, side by side
 
 setup: $(VENV)/.installed  # an environment with the package, editable, its library and every tool
 
-$(VENV)/.installed: Makefile pyproject.toml setup.py CMakeLists.txt $(NATIVE)
+$(VENV)/.installed: Makefile pyproject.toml setup.py CMakeLists.txt $(wildcard cmake/*) $(NATIVE)
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	@$(PY) -c "import sys; sys.exit(sys.version_info < (3, 10) and 'Python 3.10 or newer is needed')"
 	$(PY) -c "import torch" 2>/dev/null || $(PIP) "$(TORCH)"
@@ -35,7 +35,7 @@ $(VENV)/.installed: Makefile pyproject.toml setup.py CMakeLists.txt $(NATIVE)
 	@touch $@
 
 build: setup  # the native library alone, for work on csrc/
-	cmake -S . -B build -G Ninja -DPython_EXECUTABLE=$(abspath $(PY))
+	cmake --fresh -S . -B build -G Ninja -DPython_EXECUTABLE=$(abspath $(PY)) -DTOKENCACHE_DEVELOPER=ON
 	cmake --build build
 	cmake --install build --prefix .
 

@@ -1,8 +1,10 @@
 """`make package`: what is installed from a wheel works, in an environment that has nothing else.
 
-Three wheels are built from the sdist, so that the sdist is shown to be whole: without torch, with
-torch and a compiler, and with a CUDA toolkit as well, where there is one. To run, torch is lent by
-the environment that runs this; what that one has of this package is not.
+Four wheels are built from the sdist, so that the sdist is shown to be whole: without a compiler,
+without torch (as plain ``pip install`` does), with both, and with a CUDA toolkit as well, where
+there is one. To run, torch is lent by the environment that runs this; what that one has of this
+package is not. The wheel with the library for torch is installed for every other Python that is
+found, too: there without torch, which `make matrix` adds.
 """
 
 import os
@@ -11,11 +13,15 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
+import zipfile
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
+PLATFORM = sysconfig.get_platform().replace("-", "_").replace(".", "_")
+OTHER_PYTHONS = [f"3.{minor}" for minor in range(10, 15) if minor != sys.version_info.minor]
 GATHER = """
 import torch
 import tokencache_kernels as tck
@@ -32,6 +38,28 @@ import time
 start = time.perf_counter()
 import tokencache_kernels
 print(time.perf_counter() - start)
+"""
+CONSUMER = """
+import tokencache_kernels as tck
+import torch
+
+x, indices = torch.randn(1, 9, 4), torch.tensor([[3]], dtype=torch.int32)
+rows: torch.Tensor = tck.gather_rows(x, indices)
+reveal_type(tck.select_tokens)
+reveal_type(tck.ToCaConfig.preset)
+tck.gather_rows(x, "indices")
+"""
+WITHOUT_TORCH = """
+import ctypes
+import sys
+
+import tokencache_kernels
+
+assert "tried" in tokencache_kernels.__file__, tokencache_kernels.__file__
+library = ctypes.CDLL(tokencache_kernels.__path__[0] + "/lib/libtokencache.so")
+library.tokencache_version.restype = ctypes.c_char_p
+assert library.tokencache_version().decode() == tokencache_kernels.__version__
+print(sys.version_info[:2])
 """
 CALL_CUDA = """
 import ctypes
@@ -60,9 +88,21 @@ def sdist(tmp_path_factory):
     return next(folder.glob("*.tar.gz"))
 
 
-@pytest.fixture(scope="module", params=["pure", "cpu", "cuda"])
+def test_the_sdist_holds_all_that_git_tracks(sdist):
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if tracked.returncode != 0:
+        pytest.skip("there is no git checkout")
+    with tarfile.open(sdist) as archive:
+        held = {name.partition("/")[2] for name in archive.getnames()}
+
+    missing = {name for name in tracked.stdout.splitlines() if (ROOT / name).exists()} - held
+
+    assert {name for name in missing if not name.startswith((".ci/", ".github/"))} == set()
+
+
+@pytest.fixture(scope="module", params=["pure", "c-api", "cpu", "cuda"])
 def kind(request):
-    """Built where there is no torch; torch and a compiler; these and a CUDA toolkit."""
+    """Built without a compiler; without torch; with these; with these and a CUDA toolkit."""
     if request.param == "cuda" and shutil.which("nvcc") is None:
         pytest.skip("there is no CUDA toolkit")
     return request.param
@@ -76,8 +116,10 @@ def wheel(sdist, kind, tmp_path_factory):
         # one is enough to see that it is built
         "TOKENCACHE_CUDA_ARCHITECTURES": "90a-real",
     }
+    if kind == "pure":
+        settings["CXX"] = "no-such-c++"
     # pip's isolated build has no torch
-    isolation = [] if kind == "pure" else ["--no-build-isolation"]
+    isolation = [] if kind == "c-api" else ["--no-build-isolation"]
     run(sys.executable, "-m", "pip", "wheel", *isolation, "--no-deps", "--wheel-dir", folder,
         sdist, env={**os.environ, **settings})  # fmt: skip
     return next(folder.glob("*.whl"))
@@ -98,21 +140,90 @@ def fresh(wheel, tmp_path_factory):
 
 @pytest.fixture
 def prefix(fresh, kind):
-    """Where the C library is."""
+    """The C API's folder in that environment."""
     if kind == "pure":
         pytest.skip("a pure wheel has no C library")
     return next(fresh.glob("lib/python*/site-packages/tokencache_kernels"))
 
 
 def test_the_wheel_says_what_is_in_it(wheel, kind):
-    python = f"cp{sys.version_info.major}{sys.version_info.minor}"
-    assert ("-py3-none-any" if kind == "pure" else f"-{python}-{python}-linux_") in wheel.name
+    assert wheel.name.endswith(f"-py3-none-{'any' if kind == 'pure' else PLATFORM}.whl")
+
+
+def test_a_native_wheel_can_be_a_manylinux_wheel(wheel, kind, tmp_path):
+    if kind == "pure" or not sys.platform.startswith("linux"):
+        pytest.skip("it is for every platform, or for none of Linux")
+
+    run(sys.executable, "-m", "auditwheel", "repair", "--exclude", "libtorch_cpu.so",
+        "--wheel-dir", tmp_path, wheel)  # fmt: skip
+
+    (repaired,) = tmp_path.glob("*.whl")
+    assert re.search(r"-py3-none-(manylinux_\d+_\d+_\w+\.?)+\.whl$", repaired.name)
+    before, after = ({n for n in zipfile.ZipFile(w).namelist() if ".dist-info" not in n}
+                     for w in (wheel, repaired))  # fmt: skip
+    assert after == before  # nothing is bundled
+
+
+@pytest.mark.parametrize("version", OTHER_PYTHONS)
+def test_a_native_wheel_is_for_every_python(wheel, kind, version, tmp_path):
+    python = find_python(version)
+    if kind != "cpu" or python is None:
+        pytest.skip(f"only of one wheel; or there is no Python {version}")
+    folder = tmp_path / "tried"
+    run(python, "-m", "venv", folder)
+
+    run(folder / "bin" / "python", "-m", "pip", "install", "--no-deps", wheel)
+
+    out = run(folder / "bin" / "python", "-c", WITHOUT_TORCH, cwd=tmp_path)
+    assert out == f"(3, {version.removeprefix('3.')})\n"
+
+
+def find_python(version):
+    """A Python of that version that runs: on the path, or pyenv's."""
+    pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"))
+    found = [shutil.which(f"python{version}"), *pyenv.glob(f"versions/{version}.*/bin/python")]
+    for python in filter(None, found):
+        if subprocess.run([python, "-c", ""], capture_output=True).returncode == 0:
+            return python
+    return None
+
+
+def test_a_consumer_is_type_checked_against_the_wheel(fresh, kind, tmp_path):
+    if kind != "pure":
+        pytest.skip("the Python files of all wheels are the same")
+    (tmp_path / "consumer.py").write_text(CONSUMER)
+
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", "--strict", "--cache-dir", tmp_path / "cache",
+         "--python-executable", fresh / "bin" / "python", "consumer.py"],
+        cwd=tmp_path, capture_output=True, text=True,
+    )  # fmt: skip
+
+    said = done.stdout.splitlines()
+    assert "Tensor" in said[0], done.stdout
+    assert "-> tokencache_kernels.policies.toca.ToCaConfig" in said[1], done.stdout
+    assert 'incompatible type "str"; expected "Tensor"' in said[2], done.stdout
+    assert said[3:] == ["Found 1 error in 1 file (checked 1 source file)"]
 
 
 def test_the_ops_run(fresh, kind, tmp_path):
     reason = run(fresh / "bin" / "python", "-c", GATHER, cwd=tmp_path).strip()
 
-    assert reason.startswith("the native library was not built" if kind == "pure" else "None")
+    said = {
+        "pure": "the native library was not built: there was no C++ compiler (",
+        "c-api": "the native library was not built: torch was not installed in the build "
+        "environment (try --no-build-isolation); the C API was built (pip install ",
+    }
+    assert reason.splitlines()[-1].startswith(said.get(kind, "None"))
+    # without it the ops run all the same, and that is said once
+    assert reason.count("ops on the CPU run in plain PyTorch") == (kind in said)
+
+
+def test_no_library_knows_a_python(fresh, prefix):
+    for library in (*prefix.glob("*.so"), *prefix.glob("lib/*.so*")):
+        symbols = run("nm", "-D", "--undefined-only", library)
+        assert not re.search(r" _?Py[A-Z]\w+$", symbols, re.MULTILINE), library
+        assert "cpython" not in library.name
 
 
 def test_importing_takes_no_time_to_speak_of(fresh, kind, tmp_path, capsys):

@@ -15,7 +15,6 @@ from tokencache_kernels.version import __version__
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = "from setuptools import build_meta; build_meta.build_wheel('dist')"
-WITHOUT_TORCH = f"import sys; sys.modules['torch'] = None; {BUILD}"
 
 
 @pytest.fixture
@@ -31,7 +30,7 @@ def checkout(tmp_path):
     ):
         shutil.copy(ROOT / name, tmp_path)
     (tmp_path / "README.md").touch()
-    for name in ("csrc", "examples"):
+    for name in ("cmake", "csrc", "examples"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     package = tmp_path / "tokencache_kernels"
     package.mkdir()
@@ -56,24 +55,137 @@ def build(checkout, code=BUILD, **environment):
 
 
 @pytest.mark.parametrize(
-    ("code", "environment", "reason"),
+    ("environment", "reason"),
     [
-        pytest.param(BUILD, {"TOKENCACHE_SKIP_NATIVE": "1"}, "SKIP_NATIVE=1", id="skipped"),
-        pytest.param(WITHOUT_TORCH, {}, "torch is not installed", id="no-torch"),
-        pytest.param(BUILD, {"CXX": "no-such-c++"}, "no C++ compiler", id="no-compiler"),
+        pytest.param({"TOKENCACHE_SKIP_NATIVE": "1"}, "SKIP_NATIVE=1", id="skipped"),
+        pytest.param({"CXX": "no-such-c++"}, "no C++ compiler (no-such-c++)", id="no-compiler"),
     ],
 )
-def test_without_the_native_library_the_wheel_is_pure_and_says_why(
-    checkout, code, environment, reason
-):
-    done = build(checkout, code, **environment)
+def test_without_the_native_library_the_wheel_is_pure_and_says_why(checkout, environment, reason):
+    done = build(checkout, **environment)
 
     assert done.returncode == 0, done.stderr
     assert "building without the native library: " in done.stderr
     assert reason in done.stderr
     wheel = checkout / "dist" / f"tokencache_kernels-{__version__}-py3-none-any.whl"
-    names = zipfile.ZipFile(wheel).namelist()
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        left = archive.read("tokencache_kernels/without_native.txt").decode()
     assert not [name for name in names if ".so" in name or name.endswith(".h")]
+    assert reason in left  # from there it is told when the package runs
+
+
+def test_the_compiler_may_have_any_of_its_usual_names(checkout, tmp_path):
+    """In a process without ``CXX`` and with one compiler on its path."""
+    compiler = shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        pytest.skip("there is neither g++ nor clang++")
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    (tools / Path(compiler).name).symlink_to(compiler)
+    environment = {name: value for name, value in os.environ.items() if name != "CXX"}
+
+    done = subprocess.run(
+        [sys.executable, "setup.py", "--name"], cwd=checkout, capture_output=True, text=True,
+        env={**environment, "PATH": str(tools), "TOKENCACHE_SKIP_NATIVE": "0"},
+    )  # fmt: skip
+
+    assert done.returncode == 0, done.stderr
+    assert "building without" not in done.stderr
+
+
+def configure(checkout, *options, path=None, **environment):
+    """Configure the checkout with CMake, and return all that it prints."""
+    cmake = shutil.which("cmake")
+    if cmake is None:
+        pytest.skip("there is no cmake")
+    environment = {"TOKENCACHE_SKIP_CUDA": "1", **environment}
+    if path is not None:
+        environment["PATH"] = f"{path}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        [cmake, "-S", checkout, "-B", checkout / "build", *options], text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, **environment},
+    )  # fmt: skip
+    return done.returncode, done.stdout
+
+
+def test_a_project_that_takes_the_sources_in_gets_the_c_api_alone(checkout, tmp_path):
+    project = tmp_path / "engine"
+    project.mkdir()
+    (project / "CMakeLists.txt").write_text(f"""
+        cmake_minimum_required(VERSION 3.25)
+        project(engine LANGUAGES CXX)
+        include(FetchContent)
+        FetchContent_Declare(tokencache SOURCE_DIR "{checkout}")
+        FetchContent_MakeAvailable(tokencache)
+        add_executable(engine engine.cpp)
+        target_link_libraries(engine PRIVATE tokencache::tokencache)
+        if(TARGET tokencache_kernels OR CMAKE_BUILD_TYPE)
+          message(FATAL_ERROR "more than the C API")
+        endif()
+    """)
+    (project / "engine.cpp").write_text("#include <tokencache.h>\nint main() {}\n")
+
+    status, printed = configure(project)
+
+    assert status == 0, printed
+    assert "Found torch" not in printed
+
+
+def test_a_compiler_that_is_too_old_is_named_in_one_sentence(checkout, tmp_path):
+    gcc = shutil.which("g++")
+    if gcc is None:
+        pytest.skip("there is no g++")
+    old = tmp_path / "g++-10"
+    old.write_text(f'#!/bin/sh\nexec {gcc} -w -U__GNUC__ -D__GNUC__=10 "$@"\n')
+    old.chmod(0o755)
+
+    status, printed = configure(checkout, "-DTOKENCACHE_TORCH=OFF", f"-DCMAKE_CXX_COMPILER={old}")
+
+    assert status != 0
+    sentence = "The C++ compiler must be GCC 11, Clang 14 or newer, got GNU 10."
+    assert sentence in " ".join(printed.split())
+
+
+def make_nvcc(folder, version, refuses=()):
+    """Put an nvcc of a version into a folder, which refuses some words and is the real one else."""
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        pytest.skip("there is no CUDA toolkit")
+    folder.mkdir()
+    refusals = "".join(
+        f'case "$*" in *{word}*) echo "nvcc fatal: Unsupported {word}" >&2; exit 1;; esac\n'
+        for word in refuses
+    )
+    (folder / "nvcc").write_text(
+        "#!/bin/sh\n"
+        f'if [ "$*" = --version ]; then echo "release {version}, V{version}.99"; exit; fi\n'
+        f'{refusals}exec {nvcc} "$@"\n'
+    )
+    (folder / "nvcc").chmod(0o755)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("version", "refuses", "said"),
+    [
+        ("12.4", ["100", "120"], "80-real 86-real 89-real 90a-real 80-virtual"),
+        ("12.8", [], "80-real 86-real 89-real 90a-real 100-real 120-real 80-virtual"),
+        ("12.3", [], 'without the CUDA half: CUDA 12.4 or newer is needed, got "12.3"'),
+        ("13.0", ["c++20"], "without the CUDA half: CUDA 13.0 does not compile with "),
+    ],
+)
+def test_the_toolkit_says_what_is_built_for_cuda(checkout, tmp_path, version, refuses, said):
+    toolkit = make_nvcc(tmp_path / "toolkit", version, refuses)
+
+    status, printed = configure(
+        checkout, "-DTOKENCACHE_TORCH=OFF", path=toolkit, TOKENCACHE_SKIP_CUDA="0",
+        CUDACXX=str(toolkit / "nvcc"),
+    )  # fmt: skip
+
+    assert status == 0, printed
+    assert said in printed
 
 
 def test_a_native_build_that_fails_is_an_error_in_one_sentence(checkout):

@@ -4,7 +4,7 @@
 #include <cstring>
 #include <type_traits>
 
-#if defined(__F16C__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
@@ -51,6 +51,32 @@ struct RawOf {
 template <class T>
 using Raw = typename RawOf<T>::Type;
 
+// Halves without an instruction for them, by their bits: of a float, where it is no number of a
+// half's, infinity or NaN. No float here is denormal, so that a processor may flush those.
+typedef uint32_t FloatBits __attribute__((vector_size(kVectorBytes)));
+
+inline Vector<float> half_to_float(FloatBits half) {
+  const FloatBits size = half & 0x7FFF;
+  const FloatBits normal = (size << 13) + (uint32_t{127 - 15} << 23);
+  const FloatBits small = (FloatBits)(__builtin_convertvector(size, Vector<float>) * 0x1p-24f);
+  const FloatBits special = (size << 13) | 0x7F800000;
+  const FloatBits bits = size < 0x400 ? small : size < 0x7C00 ? normal : special;
+  return (Vector<float>)(bits | (half & 0x8000) << 16);
+}
+inline FloatBits float_to_half(Vector<float> x) {
+  const FloatBits bits = (FloatBits)x, size = bits & 0x7FFFFFFF;
+  // to nearest, ties to even; a number that rounds up to infinity does so by its carry
+  const FloatBits normal = (size - (uint32_t{127 - 15} << 23) + 0xFFF + ((size >> 13) & 1)) >> 13;
+  // the unit of the denormal halves is that of floats from 0.5 on
+  const FloatBits small = (FloatBits)((Vector<float>)size + 0.5f) - 0x3F000000;
+  const FloatBits nan = 0x7E00 | (size >> 13 & 0x3FF);
+  const FloatBits half = size < 0x38800000   ? small
+                         : size < 0x47800000 ? normal
+                         : size > 0x7F800000 ? nan
+                                             : (size & 0) + 0x7C00;
+  return half | (bits >> 16 & 0x8000);
+}
+
 inline Vector<double> widen(double, Raw<double> x) { return x; }
 inline Vector<float> widen(float, Raw<float> x) { return x; }
 inline Vector<float> widen(Bfloat16, Raw<Bfloat16> x) {
@@ -58,9 +84,11 @@ inline Vector<float> widen(Bfloat16, Raw<Bfloat16> x) {
   return (Vector<float>)((VectorBits<float>)_mm512_maskz_cvtepu16_epi32(-1, (__m256i)x) << 16);
 #elif defined(__AVX2__)
   return (Vector<float>)((VectorBits<float>)_mm256_cvtepu16_epi32((__m128i)x) << 16);
-#else
+#elif defined(__SSE2__)
   // 16 zeros below each
-  return (Vector<float>)__builtin_shufflevector(Raw<Bfloat16>{}, x, 0, 4, 1, 5, 2, 6, 3, 7);
+  return (Vector<float>)_mm_unpacklo_epi16(__m128i{}, _mm_loadl_epi64((const __m128i*)&x));
+#else
+  return (Vector<float>)(__builtin_convertvector(x, FloatBits) << 16);
 #endif
 }
 inline Vector<float> widen(Float16, Raw<Float16> x) {
@@ -68,24 +96,20 @@ inline Vector<float> widen(Float16, Raw<Float16> x) {
   return (Vector<float>)_mm512_maskz_cvtph_ps(-1, (__m256i)x);
 #elif defined(__F16C__)
   return (Vector<float>)_mm256_cvtph_ps((__m128i)x);
+#elif defined(__SSE2__)
+  return half_to_float(
+      (FloatBits)_mm_unpacklo_epi16(_mm_loadl_epi64((const __m128i*)&x), __m128i{}));
 #else
-  Vector<float> out;
-  for (int i = 0; i < kLanes<float>; ++i) {
-    _Float16 value;
-    std::memcpy(&value, reinterpret_cast<const uint16_t*>(&x) + i, sizeof value);
-    out[i] = static_cast<float>(value);
-  }
-  return out;
+  return half_to_float(__builtin_convertvector(x, FloatBits));
 #endif
 }
 
 inline Raw<double> narrow(double, Vector<double> x) { return x; }
 inline Raw<float> narrow(float, Vector<float> x) { return x; }
 inline Raw<Bfloat16> narrow(Bfloat16, Vector<float> x) {
-  typedef uint32_t Bits __attribute__((vector_size(kVectorBytes)));
   // to nearest, ties to even; a NaN stays one
-  const Bits bits = (Bits)x;
-  const Bits rounded = (x == x ? bits + 0x7FFF + ((bits >> 16) & 1) : bits | 0x400000) >> 16;
+  const FloatBits bits = (FloatBits)x;
+  const FloatBits rounded = (x == x ? bits + 0x7FFF + ((bits >> 16) & 1) : bits | 0x400000) >> 16;
 #if defined(__AVX512F__)
   return (Raw<Bfloat16>)_mm512_maskz_cvtepi32_epi16(-1, (__m512i)rounded);
 #elif defined(__AVX2__)
@@ -102,12 +126,7 @@ inline Raw<Float16> narrow(Float16, Vector<float> x) {
 #elif defined(__F16C__)
   return (Raw<Float16>)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT);
 #else
-  Raw<Float16> out;
-  for (int i = 0; i < kLanes<float>; ++i) {
-    const auto value = static_cast<_Float16>(x[i]);
-    std::memcpy(reinterpret_cast<uint16_t*>(&out) + i, &value, sizeof value);
-  }
-  return out;
+  return __builtin_convertvector(float_to_half(x), Raw<Float16>);
 #endif
 }
 

@@ -3,8 +3,24 @@
 #include <atomic>
 #include <cstring>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 namespace tokencache {
 namespace {
+
+#if defined(__x86_64__)
+// Whether the processor has all that -march=x86-64-v3 may use. Not every compiler knows that name,
+// nor those of the last three.
+bool has_x86_64_v3() {
+  unsigned a, b, c, extended, d;
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+         __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2") &&
+         __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C) && (c & bit_MOVBE) &&
+         __get_cpuid(0x80000001, &a, &b, &extended, &d) && (extended & bit_LZCNT);
+}
+#endif
 
 // The loops of that name, or the best where it is null; null where the processor lacks them.
 const VectorLoops* find_loops(const char* name) {
@@ -12,9 +28,11 @@ const VectorLoops* find_loops(const char* name) {
     return name == nullptr || std::strcmp(name, loops.name) == 0;
   };
 #if defined(__x86_64__)
-  const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool has_avx2 = has_x86_64_v3();
+  const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") &&
+                          __builtin_cpu_supports("avx512bw") &&
+                          __builtin_cpu_supports("avx512cd") &&
+                          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   if (has_avx512 && is_wanted(avx512::loops)) return &avx512::loops;
   if (has_avx2 && is_wanted(avx2::loops)) return &avx2::loops;
 #endif

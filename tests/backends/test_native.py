@@ -288,9 +288,11 @@ def test_a_missing_cuda_half_is_named_as_the_reason(monkeypatch, tmp_path):
     monkeypatch.setenv("TOKENCACHE_NATIVE_LIBRARY", str(tmp_path / "native.so"))
     monkeypatch.setattr(native, "load_cuda_library", loading.load_cuda_library.__wrapped__)
 
+    monkeypatch.setattr(loading, "build_info", lambda: {"without_cuda": "there is no toolkit"})
+
     reason = native.unavailable(torch.device("cuda"), torch.float32)
 
-    assert reason.startswith("its CUDA half was not built (")
+    assert reason == "its CUDA half was not built (there is no toolkit)"
 
 
 @needs_library
@@ -368,13 +370,17 @@ def test_float64_on_a_gpu_is_left_to_the_reference():
     assert reason == "its CUDA half computes in float32 and does not take float64"
 
 
-def test_a_library_that_was_not_built_is_named_as_the_reason(monkeypatch, tmp_path):
+def test_a_library_that_was_not_built_is_named_as_the_reason(monkeypatch, tmp_path, caplog):
     monkeypatch.delenv("TOKENCACHE_NATIVE_LIBRARY", raising=False)
     monkeypatch.setattr(loading, "_PACKAGE", tmp_path)
     monkeypatch.setattr(native, "load_library", loading.load_library.__wrapped__)
 
     with pytest.raises(BackendUnavailableError, match=r"gather_rows: .*'native'.* was not built"):
         gather_rows(randn(1, 3, 4), random_indices(1, 3, 2), backend="native")
+    assert "was not built" in caplog.text  # also said where auto takes another backend
+    (tmp_path / "without_native.txt").write_text("there was no C++ compiler\n")
+    reason = loading.load_library.__wrapped__()
+    assert reason.startswith("the native library was not built: there was no C++ compiler (pip ")
 
 
 def test_a_library_path_that_does_not_fit_is_named_as_the_reason(monkeypatch, tmp_path):
@@ -393,11 +399,26 @@ def test_a_library_path_that_does_not_fit_is_named_as_the_reason(monkeypatch, tm
 
 def test_build_info_is_of_this_version():
     facts = native.build_info()
-    if facts is None:
-        pytest.skip("the build-info module is not installed")
 
     assert facts["version"] == __version__
     assert all(facts.values())
+    assert ("cuda" in facts) == (loading.cuda_library_path().is_file())
+    assert ("without_cuda" in facts) == ("cuda" not in facts)
+
+
+@needs_library
+def test_float16_is_rounded_alike_by_every_instruction_set(instructions):
+    halves = torch.arange(2**16, dtype=torch.int32).to(torch.uint16).view(torch.float16)
+    others = halves[torch.randperm(2**16, generator=torch.Generator().manual_seed(0))]
+    products, copies = torch.empty(2, 1, 1, 2**16, dtype=torch.float16)
+    zeros = torch.zeros_like(copies)
+
+    native.add_branches(copies, halves[None, None], [], [])
+    native.add_branches(products, zeros, [halves[None, None]], [others[None]])
+
+    torch.testing.assert_close(copies[0, 0], halves, rtol=0, atol=0, equal_nan=True)
+    exact = (halves.float() * others.float()).half()
+    torch.testing.assert_close(products[0, 0], exact, rtol=0, atol=0, equal_nan=True)
 
 
 def packed_parts():

@@ -2,14 +2,15 @@
 
 import functools
 import importlib
+import logging
 import re
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from ... import settings
 
+_logger = logging.getLogger(__name__)
 _PACKAGE = Path(__file__).resolve().parents[2]
 OPS = torch.ops.tokencache_kernels_native
 
@@ -21,10 +22,9 @@ def load_library() -> str | None:
     if not path.is_file():
         if settings.native_library_path():
             return f"TOKENCACHE_NATIVE_LIBRARY must name a file, got {str(path)!r}"
-        return (
-            "the native library was not built (pip install --no-build-isolation . with a C++ "
-            "compiler and torch installed)"
-        )
+        reason = f"the native library was not built{_why_not_built()}"
+        _logger.warning("%s: ops on the CPU run in plain PyTorch", reason)
+        return reason
     try:
         torch.ops.load_library(path)
     except OSError as error:
@@ -43,7 +43,8 @@ def load_cuda_library() -> str | None:
     """Load the CUDA half, which adds its kernels to the library's ops; see ``load_library``."""
     path = cuda_library_path()
     if not path.is_file():
-        return "its CUDA half was not built (there was no CUDA toolkit at build time)"
+        why = (build_info() or {}).get("without_cuda", "it is not beside the library")
+        return f"its CUDA half was not built ({why})"
     try:
         torch.ops.load_library(path)
     except OSError as error:
@@ -105,20 +106,32 @@ def _runs_on(arch: str, major: int, minor: int) -> bool:
     return same if form == "-real" or kind == "f" else built < (major, minor)
 
 
+@functools.cache
 def build_info() -> dict[str, str] | None:
-    """How the installed library was built (compiler, flags, torch), or None if it cannot say."""
-    module = _build_info_module()
-    return None if module is None else dict(module.facts())
+    """Return how the loaded library was built (compiler, flags, torch), or None without one."""
+    if load_library() is not None:
+        return None
+    facts: str = OPS.build_info()
+    return dict(line.split("=", 1) for line in facts.splitlines())
 
 
 def built_resources() -> str:
-    """What cuobjdump said of the installed CUDA half when that was built; of another, nothing."""
-    module = None if settings.native_library_path() else _build_info_module()
-    return "" if module is None else str(module.cuda_resources())
-
-
-def _build_info_module() -> Any:
+    """Return what cuobjdump printed of the CUDA half when a developer built it, or nothing."""
+    if settings.native_library_path():
+        return ""
     try:
-        return importlib.import_module(f"{_PACKAGE.name}._build_info")
+        module = importlib.import_module(f"{_PACKAGE.name}._cuda_resources")
     except ImportError:
-        return None
+        return ""
+    printed: str = module.printed
+    return printed
+
+
+def _why_not_built() -> str:
+    """Return what the build has left behind on it, and what helps."""
+    left = _PACKAGE / "without_native.txt"
+    why = f": {left.read_text().strip()}" if left.is_file() else ""
+    return (
+        f"{why} (pip install --no-build-isolation --no-cache-dir builds it where torch, cmake, "
+        "ninja and a C++ compiler are installed)"
+    )

@@ -1,0 +1,9 @@
+#include <pybind11/pybind11.h>
+
+// What the kernels of the CUDA half beside this module take of a GPU; see CMakeLists.txt.
+PYBIND11_MODULE(_cuda_resources, module) {
+  module.doc() = "What the CUDA kernels take of a GPU; for developers.";
+  module.attr("printed") =
+#include TOKENCACHE_CUDA_RESOURCES
+      ;
+}
