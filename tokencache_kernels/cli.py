@@ -15,6 +15,7 @@ from .version import __version__
 COMMANDS = {
     "demo": ("demo.show", "draw digits with the shipped model, dense and cached, side by side"),
     "compare": ("demo.compare", "measure the quality and time of all policies on the same seeds"),
+    "calibrate": ("demo.calibrate", "find which steps to run for a budget, on the demo's model"),
     "info": ("info", "say what can run here, what cannot, and why"),
     "plan": ("plan", "show what a policy computes at each step, and the arithmetic it saves"),
     "train": ("demo.train_policy", "train a router or a predictor on the demo's model and digits"),

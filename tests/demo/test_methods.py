@@ -1,9 +1,10 @@
 import pytest
+import torch
 
 from tokencache_kernels.demo.methods import applied, parse_method, parse_those_trained
 from tokencache_kernels.demo.model import SHAPE, load_model
 from tokencache_kernels.demo.sampling import sample
-from tokencache_kernels.policies import SHAPES
+from tokencache_kernels.policies import SHAPES, Action, Site, Step
 
 
 @pytest.mark.parametrize(
@@ -93,3 +94,46 @@ def test_an_interval_of_one_is_dense(weights):
         cached = sample(model, [1], [0], steps=3)
 
     assert cached.equal(sample(model, [1], [0], steps=3))
+
+
+@pytest.mark.parametrize("name", ["even1-17", "even2-12", "carried2-12", "carried0-5"])
+def test_even_steps_end_in_a_full_one_and_cost_their_number(name):
+    policy = parse_method(name, 50).policy
+
+    full = [
+        index
+        for index in range(50)
+        if policy.decide(Site("main", 0, "mlp"), Step(index, 50), 256).action is Action.FULL
+    ]
+    assert (full[0], full[-1], len(full)) == (0, 49, int(name.split("-")[1]))
+    assert parse_method(name, 50).flops_ratio == pytest.approx(50 / len(full))
+
+
+def test_the_router_ends_in_a_full_step_by_name():
+    last = Step(49, 50)
+
+    actions = [
+        {
+            parse_method(name, 50).policy.decide(Site("main", layer, module), last, 256).action
+            for layer in range(6)
+            for module in ("attn", "mlp")
+        }
+        for name in ("l2c", "l2c-last")
+    ]
+
+    assert actions[0] != actions[1] == {Action.FULL}
+
+
+def test_a_method_that_carries_the_output_is_applied_and_taken_off_again():
+    model = load_model()
+    dense = sample(model, [3], [0], steps=4)
+    calls = []
+    hook = model.transformer_blocks[0].register_forward_hook(lambda *_: calls.append(1))
+
+    with applied(model, parse_method("carried1-3", 4)):
+        carried = sample(model, [3], [0], steps=4)
+
+    hook.remove()
+    assert len(calls) == 3
+    assert not torch.equal(carried, dense)
+    assert torch.equal(sample(model, [3], [0], steps=4), dense)

@@ -12,13 +12,19 @@ import torch
 from ..policies import (
     SHAPES,
     DuCaConfig,
+    FactorRouter,
     LearningToCacheConfig,
+    Newton,
     Policy,
+    ScoreSelector,
+    StepSchedule,
+    StepTable,
     ToCaConfig,
     TokenCacheConfig,
     fora,
     load_predictor,
     load_router,
+    load_table,
     make_plan,
     taylor_seer,
 )
@@ -58,8 +64,11 @@ def parse_method(name: str, steps: int) -> Method:
     ``random``, ``toca`` and ``duca`` follow the published setting of DiT-XL with that refresh
     interval, and with that percentage of fresh tokens as the base of its ratios. ``l2c`` and
     ``tokencache`` are the trained ones that ship with the package, with that percentage as
-    threshold and as share of cached tokens. ``uniform`` skips that percentage of the sub-layers in
-    every second step, all of them in turn. A number right behind ``taylor`` or ``toca`` is the
+    threshold and as share of cached tokens; ``l2c-last`` makes the last step full. ``calibrated``
+    is the shipped step table with that number of full steps. ``even`` spreads as many evenly, up to
+    the last step, and forecasts every sub-layer by that order; ``carried`` forecasts the model's
+    output instead, and runs nothing in between. ``uniform`` skips that percentage of the sub-layers
+    in every second step, all of them in turn. A number right behind ``taylor`` or ``toca`` is the
     order of the forecast of what is stale.
 
     Raises:
@@ -96,7 +105,15 @@ def applied(model: Any, method: Method) -> Iterator[None]:
         yield
         return
     from ..integrations.diffusers import apply_token_cache, remove_token_cache
+    from ..integrations.step_carrier import apply_step_table, remove_step_table
 
+    if isinstance(method.policy, StepTable):
+        apply_step_table(model, method.policy)
+        try:
+            yield
+        finally:
+            remove_step_table(model)
+        return
     apply_token_cache(model, method.policy)
     try:
         yield
@@ -110,7 +127,7 @@ def _to_pattern(usage: str) -> str:
 
 
 def _fits(numbers: dict[str, int]) -> bool:
-    at_least_one = all(numbers.get(key, 1) >= 1 for key in ("steps", "interval"))
+    at_least_one = all(numbers.get(key, 1) >= 1 for key in ("steps", "interval", "full"))
     return at_least_one and numbers.get("percent", 0) <= 100 and numbers.get("order", 0) <= 2
 
 
@@ -171,6 +188,41 @@ def _l2c(total: int, percent: int | None = None) -> _Built:
     return f"Learning-to-Cache, {percent} %", replace(router, threshold=percent / 100)
 
 
+def _l2c_last(total: int) -> _Built:
+    title, router = _l2c(total)
+    assert isinstance(router, LearningToCacheConfig)
+    return f"{title}, last full", replace(router, last_step_full=True)
+
+
+def _even(total: int, order: int, full: int) -> _Built:
+    policy = ToCaConfig(
+        StepSchedule.even(full, total),
+        FactorRouter(0.0),
+        ScoreSelector("none"),
+        total,
+        name="even",
+        forecast_order=order,
+    )
+    return f"forecast {order}, {full} even steps", policy
+
+
+def _carried(total: int, order: int, full: int) -> _Built:
+    steps = StepSchedule.even(full, total).steps
+    return f"carried {order}, {full} even steps", StepTable.from_carrier(
+        steps, Newton(order), total
+    )
+
+
+def _calibrated(total: int, full: int) -> _Built:
+    from .calibrate import table_path
+
+    table = load_table(table_path(full))
+    if table.num_inference_steps != total:
+        got = f"one for {table.num_inference_steps}"
+        raise ValueError(f"calibrated-{full}: the table must be for {total} steps, got {got}")
+    return f"calibrated, {full} steps", table
+
+
 def _uniform(total: int, percent: int) -> _Built:
     """A router whose skips go round: in each step the share's worth of the sub-layers in turn."""
     width = 2 * NUM_LAYERS
@@ -202,6 +254,10 @@ _METHODS: dict[str, Callable[..., _Built]] = {
     "toca-<interval>[-<percent>]": partial(_published, ToCaConfig.preset, "ToCa"),
     "toca<order>-<interval>[-<percent>]": _forecasting,
     "duca-<interval>[-<percent>]": partial(_published, DuCaConfig.preset, "DuCa"),
+    "calibrated-<full>": _calibrated,
+    "even<order>-<full>": _even,
+    "carried<order>-<full>": _carried,
+    "l2c-last": _l2c_last,
     "tokencache[-<percent>]": _tokencache,
     "l2c[-<percent>]": _l2c,
     "uniform-<percent>": _uniform,

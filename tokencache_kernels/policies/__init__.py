@@ -34,6 +34,7 @@ from .shapes import (
     opensora_shape,
     pixart_shape,
 )
+from .step_table import StepTable, load_policy, load_table, save_table
 from .toca import ToCaConfig, fora, random_tokens, taylor_seer
 from .tokencache import (
     PercentileSchedule,
@@ -80,6 +81,7 @@ __all__ = [
     "Step",
     "StepPlan",
     "StepSchedule",
+    "StepTable",
     "TablePredictor",
     "Taylor",
     "ToCaConfig",
@@ -94,8 +96,10 @@ __all__ = [
     "fora",
     "import_router",
     "list_remembered",
+    "load_policy",
     "load_predictor",
     "load_router",
+    "load_table",
     "make_plan",
     "opensora_shape",
     "pixart_shape",
@@ -104,5 +108,6 @@ __all__ = [
     "rank_scores",
     "save_predictor",
     "save_router",
+    "save_table",
     "taylor_seer",
 ]
