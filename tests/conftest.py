@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ else:
         # convolutions are as exact as products, which are no TF32 by default
         torch.backends.cudnn.allow_tf32 = False
 
-from tokencache_kernels import backends  # noqa: E402
+from tokencache_kernels import backends, settings  # noqa: E402
 
 
 @pytest.fixture
@@ -43,6 +43,24 @@ def backend(request: pytest.FixtureRequest) -> str:
         if reason is not None:
             pytest.skip(f"{request.param}: {reason}")
     return str(request.param)
+
+
+@pytest.fixture
+def monkeypatch(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """Pytest's own; settings are read anew after each of its changes, and a backend chosen anew."""
+
+    def noticed(change: Callable[..., None]) -> Callable[..., None]:
+        def change_and_reread(*arguments: Any, **named: Any) -> None:
+            change(*arguments, **named)
+            settings.reread()
+
+        return change_and_reread
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("setenv", "delenv", "setattr", "undo"):
+            patch.setattr(monkeypatch, name, noticed(getattr(monkeypatch, name)), raising=False)
+        yield monkeypatch
+        monkeypatch.undo()
 
 
 @pytest.fixture(autouse=True)

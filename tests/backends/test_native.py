@@ -20,6 +20,12 @@ needs_library = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.uint8]
 
 
+@pytest.fixture(autouse=True)
+def small_weights_are_packed(monkeypatch):
+    """As if they were large."""
+    monkeypatch.setattr(sys.modules["tokencache_kernels.backends.native.linear"], "_SMALL", 1)
+
+
 @pytest.fixture
 def four_threads():
     before = torch.get_num_threads()

@@ -40,6 +40,17 @@ def resolve(
         ValueError: ``backend`` is not a backend's name.
         BackendUnavailableError: the backend named cannot run ``op`` here.
     """
+    choose = _choose_again if logger.isEnabledFor(logging.DEBUG) else _choose
+    return choose(op, device, dtype, backend, None if preference is None else tuple(preference))
+
+
+def _choose_again(
+    op: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    backend: str,
+    preference: tuple[str, ...] | None,
+) -> Callable[..., Any]:
     if backend not in settings.BACKENDS:
         raise ValueError(
             f"{op}: backend must be one of {', '.join(settings.BACKENDS)}, got {backend!r}"
@@ -79,6 +90,11 @@ def _import_once(name: str) -> ModuleType | str:
         return text if isinstance(error, ImportError) else f"{type(error).__name__}: {text}"
 
 
+# who runs an op changes with its device and dtype alone; an error is not kept
+_choose = settings.until_reread(_choose_again)
+
+
+@cache
 def load(name: str) -> ModuleType:
     """Import the backend's module on first use."""
     return importlib.import_module(f"{__name__}.{name}")

@@ -35,6 +35,41 @@ def expect(
         like: a tensor whose device must be shared, and its dtype where ``dtypes`` is left out.
         dtypes: the dtypes allowed when ``like`` does not decide.
     """
+    if (
+        type(tensor) in _PLAIN
+        and (like is None or tensor.device == like.device)
+        and tensor.dtype in ((like.dtype,) if like is not None and dtypes is FLOATS else dtypes)
+        and _has_shape(tensor.shape, shape)
+        and (tensor.is_contiguous() or tensor.stride(-1) == 1)
+    ):
+        return
+    _explain(op, name, tensor, shape, letters, like, dtypes)
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def _has_shape(got: Sequence[int], wanted: Sequence[int | None]) -> bool:
+    if got == wanted:
+        return True
+    if len(got) != len(wanted):
+        return False
+    for size, wanted_size in zip(got, wanted, strict=True):
+        if wanted_size is not None and size != wanted_size:
+            return False
+    return True
+
+
+def _explain(
+    op: str,
+    name: str,
+    tensor: Tensor,
+    shape: Sequence[int | None],
+    letters: str,
+    like: Tensor | None,
+    dtypes: tuple[torch.dtype, ...],
+) -> None:
+    """Raise for the first thing that is wrong with a tensor, in the order of the arguments."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
     if tensor.dim() != len(shape):
@@ -70,7 +105,7 @@ def expect_indices(
     expect(op, "indices", indices, (B, None), "(B, S)", like=hidden_states, dtypes=(torch.int32,))
     if indices.shape[1] > N:
         fail(op, "indices", f"hold at most N = {N} slots", indices.shape[1])
-    if settings.check_indices() and not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and settings.check_indices():
         _check_index_values(op, indices, N, may_repeat)
 
 

@@ -7,7 +7,7 @@ checks behind, must get right as well: no autocast, strides, memory that is shar
 import functools
 import re
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,8 +18,7 @@ from ._checks import expect_writable, fail
 NAMESPACE = "tokencache_kernels"
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 
-Arguments = ParamSpec("Arguments")
-Result = TypeVar("Result")
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def define(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> Any:
@@ -32,14 +31,15 @@ def define(schema: str, implementation: Callable[..., Any], fake: Callable[..., 
 
     @functools.wraps(implementation)
     def run_safely(*given: Any) -> Any:
-        usable = [_with_unit_stride(value) for value in given]
+        return run_apart([_with_unit_stride(value) for value in given], given)
+
+    def run_apart(usable: list[Any], given: Sequence[Any]) -> Any:
         for place, argument in written.items():
             expect_writable(name, argument, given[place])
             for earlier, other in written.items():
                 if earlier < place and share_memory(given[place], given[earlier]):
                     fail(name, argument, f"share no memory with {other}", "a part of it")
-        if written:
-            _keep_apart([given[place] for place in written], usable)
+            _keep_apart(given[place], usable)
         result = run_exactly(*usable)
         for place in written:
             torch.autograd.graph.increment_version(given[place])
@@ -48,20 +48,61 @@ def define(schema: str, implementation: Callable[..., Any], fake: Callable[..., 
     for key in ("CPU", "CUDA"):
         _LIBRARY.impl(name, run_safely, key)
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
-    return getattr(getattr(torch.ops, NAMESPACE), name).default
+    overload = getattr(getattr(torch.ops, NAMESPACE), name).default
+
+    @functools.wraps(implementation)
+    def call(*given: Any) -> Any:
+        # the public functions refuse strides that would have to be copied
+        return overload(*given) if _is_watched(given) else run_apart([*given], given)
+
+    return call
 
 
-def without_autocast(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def _is_watched(given: Sequence[Any]) -> bool:
+    """Whether a call must go by PyTorch's dispatcher: a gradient, a compiler, a mode, a profiler.
+
+    Else the dispatcher would only call back, at the cost of a small op.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
+        or torch._C._get_tracing_state() is not None
+        or torch.autograd.profiler._is_profiler_enabled
+        or torch._C._functorch.maybe_current_level() is not None
+    ):
+        return True
+    has_grad = torch.is_grad_enabled()
+    for value in given:
+        if isinstance(value, Tensor):
+            if (
+                type(value) not in _PLAIN
+                or not (value.is_cpu or value.is_cuda)
+                or (has_grad and value.requires_grad)
+            ):
+                return True
+        elif type(value) is list:
+            for one in value:
+                if one is not None and type(one) not in _PLAIN:
+                    return True
+    return False
+
+
+def without_autocast(function: Function) -> Function:
     """Make a function work in the dtype of its inputs, also under ``torch.autocast``."""
 
+    # the compiler makes a guard of an annotation by a ParamSpec that it then fails
     @functools.wraps(function)
-    def run_without(*arguments: Arguments.args, **named: Arguments.kwargs) -> Result:
+    def run_without(*arguments: Any, **named: Any) -> Any:
         if not torch._C._is_any_autocast_enabled():
             return function(*arguments, **named)
         with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
             return function(*arguments, **named)
 
-    return run_without
+    return run_without  # type: ignore[return-value]
 
 
 def _with_unit_stride(value: Any) -> Any:
@@ -72,14 +113,17 @@ def _with_unit_stride(value: Any) -> Any:
     return [_with_unit_stride(one) for one in value] if isinstance(value, list) else value
 
 
-def _keep_apart(written: Sequence[Tensor], usable: list[Any]) -> None:
+def _keep_apart(written: Tensor, usable: list[Any]) -> None:
     """Copy each input that shares memory with what is written: it is read as it was before."""
     for place, value in enumerate(usable):
-        if isinstance(value, list):
-            _keep_apart(written, value)
-        elif isinstance(value, Tensor) and all(value is not one for one in written):
-            is_shared = any(share_memory(one, value) for one in written)
-            usable[place] = value.clone() if is_shared else value
+        if isinstance(value, Tensor):
+            if value is written or not torch._C._is_alias_of(written, value):  # type: ignore[attr-defined]
+                continue
+            if share_memory(written, value):
+                usable[place] = value.clone()
+        elif type(value) is list:
+            usable[place] = apart = [*value]
+            _keep_apart(written, apart)
 
 
 def share_memory(a: Tensor, b: Tensor) -> bool:

@@ -22,6 +22,9 @@ from .rows import gather_rows, scatter_rows_
 _FUSED = {"none": ("none", ""), "gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh"),
           "silu": ("swish", "")}  # fmt: skip
 
+# a weight of fewer elements is not packed: looking after its copy takes longer than its product
+_SMALL = 128 * 128
+
 # of a weight, compared at each use: elements of it, and one of so many pieces
 _SAMPLES, _PIECES = 509, 64
 
@@ -171,7 +174,7 @@ def drop_packed_weights(module: nn.Module | None = None) -> None:
 
 def _can_pack(weight: Tensor) -> bool:
     """Whether oneDNN multiplies in this dtype on this processor, and packing is not turned off."""
-    if not settings.packs_weights() or weight.is_inference() or weight.numel() == 0:
+    if weight.numel() < _SMALL or weight.is_inference() or not settings.packs_weights():
         return False
     if not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled:
         return False
