@@ -23,7 +23,8 @@ SITE = Site("main", 0, "mlp")
 
 def make_table(**changes):
     table = StepTable.from_carrier((0, 2, 5), Newton(1), 6)
-    facts = {name: getattr(table, name) for name in table.__dataclass_fields__}
+    names = [name for name, field in table.__dataclass_fields__.items() if field.init]
+    facts = {name: getattr(table, name) for name in names}
     return StepTable(**{**facts, **changes})
 
 
@@ -37,6 +38,13 @@ def test_a_carrier_gives_a_table_its_weights():
     assert table.input_weights == (0.0,) * 7
     assert table.stored(1) == (0,)
     assert table.stored(6) == (2, 5)
+
+
+def test_tables_of_other_weights_have_other_names():
+    one, other = (StepTable.from_carrier((0, 2), rule, 4) for rule in (Newton(1), Taylor(0)))
+
+    assert one.fingerprint != other.fingerprint
+    assert repr(one) != repr(other)
 
 
 def test_reuse_is_a_carrier_of_order_0():

@@ -1,5 +1,6 @@
 """Policies at the sampler's level: some steps run the model, the others carry its output."""
 
+import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -39,6 +40,7 @@ class StepTable:
         history: how many outputs are kept, at least 1.
         name: how the policy is called in reports.
         facts: how the table was found; JSON values.
+        fingerprint: of the weights.
     """
 
     num_inference_steps: int
@@ -48,6 +50,7 @@ class StepTable:
     history: int
     name: str = "step-table"
     facts: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
+    fingerprint: str = field(init=False)
 
     def __post_init__(self) -> None:
         name, total = type(self).__name__, self.num_inference_steps
@@ -63,6 +66,8 @@ class StepTable:
                 fail(name, "weights", wanted, len(row))
             if not all(map(math.isfinite, (*row, self.input_weights[index]))):
                 fail(name, "weights", "be finite", f"others at step {index}")
+        digest = hashlib.sha256(repr((self.weights, self.input_weights)).encode()).hexdigest()
+        object.__setattr__(self, "fingerprint", digest[:12])
 
     @classmethod
     def from_carrier(
