@@ -125,10 +125,11 @@ def _count_convolution(name: str, arguments: Any, result: Tensor) -> list[Kernel
 
 
 def _count_linear(name: str, arguments: Any, result: Tensor) -> list[Kernel]:
-    """Our product of packed rows, or of rows that it gathers."""
-    x, weight, _, _, indices, *_ = arguments
+    """Our product of packed rows, or of rows that it gathers; two of a gated layer."""
+    x, weight, _, _, indices, gate_weight, *_ = arguments
     rows = x.shape[:-1].numel() if indices is None else indices.numel()
-    return [_make_product(name, rows, *weight.shape)]
+    weights = [weight] if gate_weight is None else [gate_weight, weight]
+    return [_make_product(name, rows, *one.shape) for one in weights]
 
 
 def _count_linear_scatter(name: str, arguments: Any, result: None) -> list[Kernel]:
@@ -138,11 +139,12 @@ def _count_linear_scatter(name: str, arguments: Any, result: None) -> list[Kerne
 
 
 def _count_mlp(name: str, arguments: Any, result: None) -> list[Kernel]:
-    """The rows, then the two products."""
-    _, _, indices, _, _, fc1, _, fc2, *_ = arguments
+    """The rows, then the two products, and a gate's."""
+    _, _, indices, _, _, fc1, _, fc2, *_, gate, _, _ = arguments
     rows = indices.numel()
+    weights = [weight for weight in (gate, fc1, fc2) if weight is not None]
     packed = 2 * rows * fc1.shape[1] * fc1.element_size()
-    products = [_make_product(name, rows, *weight.shape) for weight in (fc1, fc2)]
+    products = [_make_product(name, rows, *weight.shape) for weight in weights]
     return [_make(name, packed), *products]
 
 

@@ -2,6 +2,12 @@
 
 #include <cstdint>
 
+#ifdef __CUDACC__
+#define TOKENCACHE_ON_BOTH __host__ __device__
+#else
+#define TOKENCACHE_ON_BOTH
+#endif
+
 // One plain struct per op: all that a loop or a kernel needs to know. Strides count elements.
 namespace tokencache {
 
@@ -32,13 +38,42 @@ struct ScatterRowsParams {
 
 enum class Type { kFloat64, kFloat32, kFloat16, kBfloat16 };
 
+// A vector for each token, unit stride along D: row n of its sample, or of K rows that of the
+// token's number. With a stride along N of 0, one for each sample.
+struct VectorParams {
+  const void* data = nullptr;  // [B, N, D] or [B, K, D], or null where there is none
+  int64_t stride_b = 0, stride_n = 0;
+  int64_t K = 0;                   // of numbered vectors
+  const int32_t* index = nullptr;  // [B, N], unit stride along N, clipped to [0, K); or null for n
+  int64_t stride_index_b = 0;
+
+  TOKENCACHE_ON_BOTH int64_t offset(int64_t b, int64_t n) const {
+    if (index != nullptr && stride_n != 0) {
+      const int64_t number = index[b * stride_index_b + n];
+      n = number < 0 ? 0 : number < K ? number : K - 1;
+    }
+    return b * stride_b + n * stride_n;
+  }
+};
+
+enum class NormKind { kLayer, kRms, kNone };
+
+// normalised * (weight_offset + weight) + bias
+struct NormParams {
+  NormKind kind = NormKind::kNone;
+  double eps = 0;
+  const void* weight = nullptr;  // [D], or null for a factor of 1
+  const void* bias = nullptr;    // [D], or null
+  double weight_offset = 0;
+};
+
 // One gated summand of a row pass.
 struct BranchParams {
   const void* branch;  // [B, N, D], unit stride along D
-  const void* gate;    // [B, D], unit stride along D, or null for 1
+  VectorParams gate;   // 1 where there is none
+  NormParams norm;     // RMS or none, without a bias
 
   int64_t stride_branch_b, stride_branch_n;
-  int64_t stride_gate_b;
 };
 
 struct AddBranchesParams {
@@ -57,17 +92,16 @@ struct AddBranchesParams {
 struct ModulateParams {
   int64_t B, N, S, D;
   Type type;
-  double eps;
+  NormParams norm;
 
   const void* x;           // [B, N, D], unit stride along D
   const int32_t* indices;  // [B, S], unit stride along S; outside [0, N): an empty slot
-  const void* shift;       // [B, D], unit stride along D
-  const void* scale;       // [B, D], unit stride along D
+  VectorParams shift;      // 0 where there is none
+  VectorParams scale;      // likewise
   void* packed;            // [B, S, D], contiguous
 
   int64_t stride_x_b, stride_x_n;
   int64_t stride_indices_b;
-  int64_t stride_shift_b, stride_scale_b;
 };
 
 enum class Activation { kNone, kGelu, kGeluTanh, kSilu };
@@ -86,6 +120,7 @@ struct LinearParams {
   const void* weight;   // [O, K], unit stride along K
   const void* bias;     // [O], or null
   const void* gate;     // [B, O], unit stride along O, or null for 1
+  const void* factor;   // [B, S, O], contiguous, of a gated layer, or null for 1
   const int32_t* to;    // [B, S], unit stride along S, or null for s
   void* out;            // [B, N_out, O], unit stride along O
 

@@ -34,6 +34,7 @@ _HOMES = {
     ),
     ".ops": (
         "QkNorm",
+        "RowNorm",
         "add_branches",
         "add_branches_",
         "attention",

@@ -5,6 +5,8 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <initializer_list>
+#include <optional>
 
 #include "params.h"
 
@@ -30,6 +32,37 @@ inline Type type_of(const torch::stable::Tensor& tensor) {
     default:
       return Type::kFloat32;
   }
+}
+
+inline const void* data_of(const std::optional<torch::stable::Tensor>& tensor) {
+  return tensor ? tensor->const_data_ptr() : nullptr;
+}
+
+// Asserts, in nanoseconds, what a loop relies on: whoever calls past the public functions gets an
+// error for a dtype or a size that does not fit, and not a read beside the tensor.
+inline void expect_shape(const char* op, const char* name, const torch::stable::Tensor& tensor,
+                         std::initializer_list<int64_t> sizes) {
+  bool fits = tensor.dim() == static_cast<int64_t>(sizes.size());
+  int64_t dim = 0;
+  for (const int64_t size : sizes) fits = fits && tensor.size(dim++) == size;
+  STD_TORCH_CHECK(fits, op, ": ", name, " must have the sizes that the other tensors imply");
+  const int64_t last = tensor.dim() - 1;
+  STD_TORCH_CHECK(last < 0 || tensor.size(last) <= 1 || tensor.stride(last) == 1, op, ": ", name,
+                  " must have stride 1 along its last dimension, got ", tensor.stride(last));
+}
+
+inline void expect_like(const char* op, const char* name, const torch::stable::Tensor& tensor,
+                        const torch::stable::Tensor& like, std::initializer_list<int64_t> sizes) {
+  STD_TORCH_CHECK(tensor.scalar_type() == like.scalar_type(), op, ": ", name,
+                  " must have the dtype of the other tensors");
+  expect_shape(op, name, tensor, sizes);
+}
+
+inline void expect_int32(const char* op, const char* name, const torch::stable::Tensor& tensor,
+                         std::initializer_list<int64_t> sizes) {
+  STD_TORCH_CHECK(tensor.scalar_type() == torch::headeronly::ScalarType::Int, op, ": ", name,
+                  " must be int32");
+  expect_shape(op, name, tensor, sizes);
 }
 
 inline AttentionMapParams describe_map(const torch::stable::Tensor& query,

@@ -11,7 +11,7 @@
 #ifdef TOKENCACHE_CUDA
 #include "cuda/linear.h"
 
-// The inputs were checked by tokencache_kernels.ops; nothing below it checks again.
+// tokencache_kernels.ops has checked the inputs in words; what a kernel relies on is asserted here.
 namespace tokencache {
 namespace {
 
@@ -24,14 +24,15 @@ Activation activation_of(const std::string& name) {
   return Activation::kNone;
 }
 
-const void* data_of(const std::optional<Tensor>& tensor) {
-  return tensor ? tensor->const_data_ptr() : nullptr;
-}
-
 Tensor linear(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias,
-              std::string activation, std::optional<Tensor> indices) {
+              std::string activation, std::optional<Tensor> indices, std::optional<Tensor> factor) {
   const Tensor& packed = indices ? *indices : x;
   const int64_t B = packed.size(0), S = packed.size(1), O = weight.size(0);
+  expect_shape("linear", "x", x, {B, x.size(1), x.size(2)});
+  expect_like("linear", "weight", weight, x, {O, x.size(2)});
+  if (bias) expect_like("linear", "bias", *bias, x, {O});
+  if (indices) expect_int32("linear", "indices", *indices, {B, S});
+  if (factor) expect_like("linear", "factor", *factor, x, {B, S, O});
   Tensor out = torch::stable::new_empty(x, {B, S, O});
   if (out.numel() == 0) return out;
   const LinearParams params{
@@ -49,6 +50,7 @@ Tensor linear(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias,
       .weight = weight.const_data_ptr(),
       .bias = data_of(bias),
       .gate = nullptr,
+      .factor = data_of(factor),
       .to = nullptr,
       .out = out.mutable_data_ptr(),
       .stride_x_b = x.stride(0),
@@ -66,6 +68,14 @@ Tensor linear(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias,
 
 void linear_scatter_(Tensor cache, const Tensor& indices, const Tensor& x, const Tensor& weight,
                      std::optional<Tensor> bias, std::optional<Tensor> gate, bool residual) {
+  const char* op = "linear_scatter_";
+  const int64_t B = cache.size(0), S = indices.size(1), O = cache.size(2);
+  expect_shape(op, "cache", cache, {B, cache.size(1), O});
+  expect_int32(op, "indices", indices, {B, S});
+  expect_like(op, "x", x, cache, {B, S, x.size(2)});
+  expect_like(op, "weight", weight, cache, {O, x.size(2)});
+  if (bias) expect_like(op, "bias", *bias, cache, {O});
+  if (gate) expect_like(op, "gate", *gate, cache, {B, O});
   const LinearParams params{
       .B = x.size(0),
       .S = x.size(1),
@@ -81,6 +91,7 @@ void linear_scatter_(Tensor cache, const Tensor& indices, const Tensor& x, const
       .weight = weight.const_data_ptr(),
       .bias = data_of(bias),
       .gate = data_of(gate),
+      .factor = nullptr,
       .to = indices.const_data_ptr<int32_t>(),
       .out = cache.mutable_data_ptr(),
       .stride_x_b = x.stride(0),
@@ -108,7 +119,9 @@ STABLE_TORCH_LIBRARY_IMPL(tokencache_kernels_native, TOKENCACHE_KEY, m) {
 
 // On the CPU oneDNN multiplies; see tokencache_kernels/backends/native/linear.py.
 STABLE_TORCH_LIBRARY_FRAGMENT(tokencache_kernels_native, m) {
-  m.def("linear(Tensor x, Tensor weight, Tensor? bias, str activation, Tensor? indices) -> Tensor");
+  m.def(
+      "linear(Tensor x, Tensor weight, Tensor? bias, str activation, Tensor? indices,"
+      " Tensor? factor) -> Tensor");
   m.def(
       "linear_scatter_(Tensor(a!) cache, Tensor indices, Tensor x, Tensor weight, Tensor? bias,"
       " Tensor? gate, bool residual) -> ()");

@@ -21,6 +21,8 @@ using torch::stable::Tensor;
 
 Tensor gather_rows(const Tensor& hidden_states, const Tensor& indices) {
   const int64_t B = hidden_states.size(0), S = indices.size(1), D = hidden_states.size(2);
+  expect_shape("gather_rows", "hidden_states", hidden_states, {B, hidden_states.size(1), D});
+  expect_int32("gather_rows", "indices", indices, {B, S});
   Tensor out = torch::stable::new_empty(hidden_states, {B, S, D});
   if (out.numel() == 0) return out;
   const GatherRowsParams params{
@@ -47,6 +49,10 @@ Tensor gather_rows(const Tensor& hidden_states, const Tensor& indices) {
 }
 
 void scatter_rows_(Tensor cache, const Tensor& indices, const Tensor& rows) {
+  const int64_t S = indices.size(1);
+  expect_shape("scatter_rows_", "cache", cache, {cache.size(0), cache.size(1), cache.size(2)});
+  expect_int32("scatter_rows_", "indices", indices, {cache.size(0), S});
+  expect_like("scatter_rows_", "rows", rows, cache, {cache.size(0), S, cache.size(2)});
   if (rows.numel() == 0) return;
   const ScatterRowsParams params{
       .B = cache.size(0),

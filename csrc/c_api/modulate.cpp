@@ -36,6 +36,11 @@ void expect_modulation(Call& call, const Args& a, int64_t size) {
   call.reads({"scale", a.scale, a.B, 1, width, a.stride_scale_b, 0, size});
 }
 
+// One vector of each sample.
+VectorParams vector_of(const void* data, int64_t stride_b) {
+  return {.data = data, .stride_b = stride_b};
+}
+
 template <class Args>
 std::vector<BranchParams> describe_branches(const Args& a) {
   std::vector<BranchParams> branches;
@@ -43,11 +48,11 @@ std::vector<BranchParams> describe_branches(const Args& a) {
     const tokencache_branch& one = a.branches[j];
     branches.push_back({
         .branch = one.branch,
-        .gate = one.gate,
+        // without a gate its stride is any number
+        .gate = vector_of(one.gate, one.gate == nullptr ? 0 : taken(one.stride_gate_b, a.B)),
+        .norm = {},
         .stride_branch_b = taken(one.stride_branch_b, a.B),
         .stride_branch_n = taken(one.stride_branch_n, a.N),
-        // without a gate it is any number
-        .stride_gate_b = one.gate == nullptr ? 0 : taken(one.stride_gate_b, a.B),
     });
   }
   return branches;
@@ -82,17 +87,15 @@ ModulateParams describe_modulation(const Args& a, Type type, const void* x, int6
       .S = a.S,
       .D = a.D,
       .type = type,
-      .eps = a.eps,
+      .norm = {.kind = NormKind::kLayer, .eps = a.eps},
       .x = x,
       .indices = a.indices,
-      .shift = a.shift,
-      .scale = a.scale,
+      .shift = vector_of(a.shift, taken(a.stride_shift_b, a.B)),
+      .scale = vector_of(a.scale, taken(a.stride_scale_b, a.B)),
       .packed = a.packed,
       .stride_x_b = taken(stride_x_b, a.B),
       .stride_x_n = taken(stride_x_n, a.N),
       .stride_indices_b = taken(a.stride_indices_b, a.B),
-      .stride_shift_b = taken(a.stride_shift_b, a.B),
-      .stride_scale_b = taken(a.stride_scale_b, a.B),
   };
 }
 

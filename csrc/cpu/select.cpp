@@ -24,14 +24,15 @@ uint64_t key_of(float score, int64_t token) {
   return static_cast<uint64_t>(bits) << 32 | (0xFFFFFFFFu - static_cast<uint32_t>(token));
 }
 
-// The factor before each score: 1 / its L2 norm, NaN left out.
-float scale_of(const float* scores, int64_t N) {
+// What each score is divided by: their L2 norm, NaN left out, where it may go beyond float32.
+double scale_of(const float* scores, int64_t N) {
   double squares = 0;
   for (int64_t n = 0; n < N; ++n) {
     const double score = std::isnan(scores[n]) ? 0.0 : scores[n];
     squares += score * score;
   }
-  return std::max(static_cast<float>(std::sqrt(squares)), 1e-12f);
+  const double norm = std::max(std::sqrt(squares), 1e-12);
+  return norm > std::numeric_limits<float>::max() ? norm : static_cast<float>(norm);
 }
 
 // Multiplies the best score of every tile x tile square by 1 + bonus; ties go to the first.
@@ -59,8 +60,11 @@ void select_tokens_cpu(const SelectParams& p, int64_t begin, int64_t end) {
     const int64_t layer = row / p.B, sample = row % p.B;
     const float* scores = p.scores + row * p.N;
     int32_t* staleness = p.staleness + layer * p.stride_staleness_l + sample * p.stride_staleness_b;
-    const float scale = p.normalize ? scale_of(scores, p.N) : 1.0f;
-    for (int64_t n = 0; n < p.N; ++n) base[n] = scores[n] / scale;
+    const double scale = p.normalize ? scale_of(scores, p.N) : 1.0;
+    for (int64_t n = 0; n < p.N; ++n) {
+      // two numbers of float32 divided in float64 and rounded are rounded once
+      base[n] = static_cast<float>(scores[n] / scale);
+    }
 
     for (int64_t step = 0; step < p.P; ++step) {
       for (int64_t n = 0; n < p.N; ++n) {

@@ -96,6 +96,10 @@ W root_of(W squares) {
   return static_cast<W>(__builtin_sqrt(squares));
 }
 
+// A factor, a power of two, that keeps squares from overflowing, and its inverse from vanishing.
+template <class W>
+constexpr W kShrink = sizeof(W) == 4 ? static_cast<W>(0x1p-80) : static_cast<W>(0x1p-520);
+
 template <class T>
 void head_norms_of(const HeadNormsParams& p, int64_t begin, int64_t end) {
   using W = Work<T>;
@@ -103,12 +107,16 @@ void head_norms_of(const HeadNormsParams& p, int64_t begin, int64_t end) {
     const T* x = row_of<T>(p.x, row / p.N * p.stride_x_b + row % p.N * p.stride_x_n);
     W total = 0;
     for (int64_t h = 0; h < p.H; ++h, x += p.stride_x_h) {
-      Vector<W> squares = {};  // of one head: too few for blocks
-      for (int64_t e = 0; e < p.E; e += kLanes<W>) {
-        const Vector<W> some = load_some(x + e, p.E - e);
-        squares += some * some;
-      }
-      total += root_of(sum_lanes<W>(squares));
+      const auto measure = [&](W factor) {
+        Vector<W> squares = {};  // of one head: too few for blocks
+        for (int64_t e = 0; e < p.E; e += kLanes<W>) {
+          const Vector<W> some = load_some(x + e, p.E - e) * factor;
+          squares += some * some;
+        }
+        return root_of(sum_lanes<W>(squares)) / factor;
+      };
+      const W norm = measure(1);
+      total += __builtin_isinf(norm) ? measure(kShrink<W>) : norm;
     }
     static_cast<W*>(p.out)[row] = total / static_cast<W>(p.H);
   }
@@ -119,6 +127,13 @@ template <class W>
 W norm_of(W squares) {
   const W norm = root_of(squares);
   return norm < W(1e-8) ? W(1e-8) : norm;
+}
+
+// The factor by which a row of such squares has a norm between the limits.
+template <class W>
+W factor_of(W squares) {
+  if (__builtin_isinf(squares)) return kShrink<W>;
+  return squares < W(1e-12) ? 1 / kShrink<W> : W(1);
 }
 
 template <class W>
@@ -136,12 +151,18 @@ void token_change_of(const TokenChangeParams& p, int64_t begin, int64_t end) {
     W* out = static_cast<W*>(p.out) + row;
     if (p.is_cosine) {
       W sums[3];  // of the products of new and old, new and new, old and old
-      sum_row(p.D, sums, [&](int64_t d, Vector<W>* some) {
-        const Vector<W> x = load_some(new_row + d, p.D - d), y = load_some(old_row + d, p.D - d);
-        some[0] += x * y;
-        some[1] += x * x;
-        some[2] += y * y;
-      });
+      const auto measure = [&](W new_factor, W old_factor) {
+        sum_row(p.D, sums, [&](int64_t d, Vector<W>* some) {
+          const Vector<W> x = load_some(new_row + d, p.D - d) * new_factor;
+          const Vector<W> y = load_some(old_row + d, p.D - d) * old_factor;
+          some[0] += x * y;
+          some[1] += x * x;
+          some[2] += y * y;
+        });
+      };
+      measure(1, 1);
+      const W new_factor = factor_of(sums[1]), old_factor = factor_of(sums[2]);
+      if (new_factor != 1 || old_factor != 1) measure(new_factor, old_factor);
       *out = W{1} - sums[0] / (norm_of(sums[1]) * norm_of(sums[2]));
     } else {
       W sums[2];  // of what moved, and of what was there

@@ -13,10 +13,10 @@ constexpr int64_t kBlockQueries = 96;
 struct VectorLoops {
   const char* name;  // of the instruction set
 
-  // out = x + sum_j gate_j * branch_j; the part counts the B * N rows.
+  // out = x + sum_j gate_j * norm_j(branch_j); the part counts the B * N rows.
   void (*add_branches)(const AddBranchesParams& p, int64_t begin, int64_t end);
 
-  // packed[b, s] = layer_norm(x[b, indices[b, s]]) * (1 + scale[b]) + shift[b], an empty slot: 0;
+  // packed[b, s] = norm(x[b, indices[b, s]]) * (1 + scale) + shift, an empty slot: 0;
   // the part counts the B * S rows of packed.
   void (*gather_modulate)(const ModulateParams& p, int64_t begin, int64_t end);
 

@@ -82,6 +82,10 @@ __device__ void store_tile(const LinearParams& p, const float* sums, int64_t fir
       for (int j = 0; j < Width; ++j) value.values[j] += to_float(bias.values[j]);
     }
     for (int j = 0; j < Width; ++j) value.values[j] = activate(value.values[j], p.activation);
+    if (p.factor != nullptr) {
+      const auto factor = Piece<T, Width>::load(static_cast<const T*>(p.factor) + m * p.O + o);
+      for (int j = 0; j < Width; ++j) value.values[j] *= to_float(factor.values[j]);
+    }
     if (p.gate != nullptr) {
       const T* row_of_gate = static_cast<const T*>(p.gate) + m / p.S * p.stride_gate_b;
       const auto gate = Piece<T, Width>::load(row_of_gate + o);
@@ -251,9 +255,10 @@ __global__ void __launch_bounds__(PlainTile::kThreads) plain_linear_kernel(Linea
 bool is_aligned(const LinearParams& p) {
   const int64_t size = size_of(p.type);
   return common_alignment(address(p.x), address(p.weight), address(p.bias), address(p.gate),
-                          address(p.out), p.K * size, p.O * size, p.stride_x_b * size,
-                          p.stride_x_n * size, p.stride_weight_o * size, p.stride_gate_b * size,
-                          p.stride_out_b * size, p.stride_out_n * size) == 16;
+                          address(p.factor), address(p.out), p.K * size, p.O * size,
+                          p.stride_x_b * size, p.stride_x_n * size, p.stride_weight_o * size,
+                          p.stride_gate_b * size, p.stride_out_b * size,
+                          p.stride_out_n * size) == 16;
 }
 
 template <class Tile>

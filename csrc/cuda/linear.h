@@ -6,7 +6,8 @@
 
 namespace tokencache {
 
-// out[to(b, s)] = [old value +] [gate[b] *] activation(x[from(b, s)] @ weight.T + bias).
+// out[to(b, s)] = [old value +] [gate[b] *] [factor[b, s] *] activation(x[from(b, s)] @ weight.T +
+// bias).
 cudaError_t linear_cuda(const LinearParams& p, cudaStream_t stream);
 
 }  // namespace tokencache

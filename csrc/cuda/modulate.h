@@ -6,10 +6,10 @@
 
 namespace tokencache {
 
-// out = x + sum_j gate_j * branch_j.
+// out = x + sum_j gate_j * norm_j(branch_j).
 cudaError_t add_branches_cuda(const AddBranchesParams& p, cudaStream_t stream);
 
-// packed[b, s] = layer_norm(x[b, indices[b, s]]) * (1 + scale[b]) + shift[b], an empty slot: 0.
+// packed[b, s] = norm(x[b, indices[b, s]]) * (1 + scale) + shift, an empty slot: 0.
 cudaError_t gather_modulate_cuda(const ModulateParams& p, cudaStream_t stream);
 
 // Both in one launch: sum.out is modulate.x, and positions (B, N) is the inverse of the indices.

@@ -20,6 +20,7 @@ constexpr int kMostTokens = 8192;  // of a block of its own
 constexpr int kPart = 2048;        // tokens of a part
 constexpr int kDigits = 4;
 constexpr int kBins = 256;  // for the values of a digit
+constexpr float kShrink = 0x1p-80f;
 
 // The part of a row that a block has.
 struct Part {
@@ -50,11 +51,16 @@ struct Counts {
   int above = 0, ties = 0;
 };
 
+// The sum of the squares of scores, and that of scores made so much smaller that it is finite.
+struct Squares {
+  float plain = 0, shrunk = 0;
+};
+
 // What the launches of one call leave for each other, for each row.
 struct Workspace {
-  int* bins;       // [rows, kDigits, kBins]
-  float* squares;  // [rows, parts]
-  Counts* counts;  // [rows, parts]
+  int* bins;         // [rows, kDigits, kBins]
+  Squares* squares;  // [rows, parts]
+  Counts* counts;    // [rows, parts]
 };
 
 // Orders like the score does: -0 is 0, and NaN is -inf.
@@ -82,21 +88,31 @@ __device__ Threshold start_of(const SelectParams& p, const Part& part, int64_t s
 }
 
 // The sum of the squares of the part's scores, NaN left out.
-__device__ float sum_squares(const SelectParams& p, const Part& part) {
+__device__ Squares sum_squares(const SelectParams& p, const Part& part) {
   const float* scores = scores_of(p, part);
-  float sum = 0;
+  Squares sum;
   for (int n = part.first + threadIdx.x; n < part.end; n += kThreads) {
-    sum += scores[n] == scores[n] ? scores[n] * scores[n] : 0.0f;
+    const float score = scores[n] == scores[n] ? scores[n] : 0.0f;
+    sum.plain += score * score;
+    sum.shrunk += score * kShrink * (score * kShrink);
   }
-  return sum_of_block<kThreads>(sum);
+  return {sum_of_block<kThreads>(sum.plain), sum_of_block<kThreads>(sum.shrunk)};
 }
 
-__device__ float norm_of(float squares) { return fmaxf(sqrtf(squares), 1e-12f); }
+// What scores are multiplied by, a power of two, and then divided by.
+struct Norm {
+  float factor = 1, norm = 1;
+};
+
+__device__ Norm norm_of(Squares squares) {
+  if (squares.plain == INFINITY) return {kShrink, sqrtf(squares.shrunk)};
+  return {1, fmaxf(sqrtf(squares.plain), 1e-12f)};
+}
 
 // Makes keys of combined scores, square by square of the grid, whose best one gains the bonus. The
 // squares are spread over all threads of all parts. Rounded as the reference does: nothing is
 // fused.
-__device__ void make_keys(const SelectParams& p, const Part& part, float norm, uint32_t* keys) {
+__device__ void make_keys(const SelectParams& p, const Part& part, Norm norm, uint32_t* keys) {
   const float* scores = scores_of(p, part);
   const int32_t* staleness = staleness_of(p, part);
   const int height = static_cast<int>(p.grid_height), width = static_cast<int>(p.grid_width);
@@ -113,7 +129,7 @@ __device__ void make_keys(const SelectParams& p, const Part& part, float norm, u
       for (int x = left; x < min(left + tile, width); ++x) {
         const int token = y * width + x;
         const float gain = __fmul_rn(p.staleness_weight, static_cast<float>(staleness[token]));
-        const float score = __fadd_rn(scores[token] / norm, gain);
+        const float score = __fadd_rn(scores[token] * norm.factor / norm.norm, gain);
         const uint32_t key = key_of(score);
         keys[token] = key;
         if (key > best) {
@@ -237,7 +253,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) select_tokens_kernel(Select
   __shared__ int bins[kBins];
   uint32_t* keys = shared_memory<uint32_t>();
   const Part part(p, 1);
-  const float norm = p.normalize ? norm_of(sum_squares(p, part)) : 1.0f;
+  const Norm norm = p.normalize ? norm_of(sum_squares(p, part)) : Norm{};
   for (int64_t step = 0; step < p.P; ++step) {
     make_keys(p, part, norm, keys);
     Threshold threshold = start_of(p, part, step);
@@ -257,7 +273,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) select_tokens_kernel(Select
 __global__ void __launch_bounds__(kThreads)
     measure_parts_kernel(SelectParams p, int parts, Workspace workspace) {
   const Part part(p, parts);
-  const float squares = sum_squares(p, part);
+  const Squares squares = sum_squares(p, part);
   if (threadIdx.x == 0) workspace.squares[blockIdx.x] = squares;
 }
 
@@ -269,13 +285,14 @@ __device__ uint32_t* keys_of(const SelectParams& p, const Part& part, int64_t st
 __global__ void __launch_bounds__(kThreads)
     make_keys_kernel(SelectParams p, int parts, Workspace workspace, int64_t step) {
   const Part part(p, parts);
-  float norm = 1;
+  Norm norm;
   if (p.normalize) {
-    float squares = 0;
+    Squares squares;
     for (int i = threadIdx.x; i < parts; i += kThreads) {
-      squares += workspace.squares[part.row * parts + i];
+      squares.plain += workspace.squares[part.row * parts + i].plain;
+      squares.shrunk += workspace.squares[part.row * parts + i].shrunk;
     }
-    norm = norm_of(sum_of_block<kThreads>(squares));
+    norm = norm_of({sum_of_block<kThreads>(squares.plain), sum_of_block<kThreads>(squares.shrunk)});
   }
   make_keys(p, part, norm, keys_of(p, part, step));
 }
@@ -363,7 +380,7 @@ cudaError_t select_in_parts(const SelectParams& p, void* memory, cudaStream_t st
   auto* counts = reinterpret_cast<Counts*>(behind_bins);
   const Workspace workspace{
       .bins = static_cast<int*>(memory),
-      .squares = reinterpret_cast<float*>(counts + rows * parts),
+      .squares = reinterpret_cast<Squares*>(counts + rows * parts),
       .counts = counts,
   };
   cudaError_t error = cudaSuccess;
@@ -388,7 +405,7 @@ cudaError_t select_in_parts(const SelectParams& p, void* memory, cudaStream_t st
 int64_t select_workspace_bytes(const SelectParams& p) {
   if (num_parts_of(p) == 1) return 0;
   return bytes_of_bins(p) +
-         p.L * p.B * num_parts_of(p) * static_cast<int64_t>(sizeof(Counts) + sizeof(float));
+         p.L * p.B * num_parts_of(p) * static_cast<int64_t>(sizeof(Counts) + sizeof(Squares));
 }
 
 cudaError_t select_tokens_cuda(const SelectParams& p, void* workspace, cudaStream_t stream) {

@@ -224,6 +224,14 @@ __global__ void __launch_bounds__(32 * kPlainWarps)
   if (lane == 0) static_cast<float*>(p.out)[b * map.S + s] = entropy.value();
 }
 
+// A factor, a power of two, that keeps squares from overflowing, and its inverse from vanishing.
+constexpr float kShrink = 0x1p-80f, kGrow = 0x1p80f;
+
+// The factor by which a row of such squares has a norm between the limits.
+__device__ float factor_of(float squares) {
+  return squares == INFINITY ? kShrink : squares < 1e-12f ? kGrow : 1.0f;
+}
+
 template <class T>
 __global__ void __launch_bounds__(32 * kPlainWarps) head_norms_kernel(HeadNormsParams p) {
   const int64_t row = int64_t{blockIdx.x} * kPlainWarps + threadIdx.x / 32;
@@ -233,9 +241,16 @@ __global__ void __launch_bounds__(32 * kPlainWarps) head_norms_kernel(HeadNormsP
   for (int64_t h = 0; h < p.H; ++h) {
     const T* x =
         head_at<T>(p.x, row / p.N, h, p.stride_x_b, p.stride_x_h) + row % p.N * p.stride_x_n;
-    float squares = 0;
-    for (int64_t e = lane; e < p.E; e += 32) squares += to_float(x[e]) * to_float(x[e]);
-    total += sqrtf(sum_of_warp(squares));
+    const auto measure = [&](float factor) {
+      float squares = 0;
+      for (int64_t e = lane; e < p.E; e += 32) {
+        const float value = to_float(x[e]) * factor;
+        squares += value * value;
+      }
+      return sqrtf(sum_of_warp(squares)) / factor;
+    };
+    const float norm = measure(1);
+    total += norm == INFINITY ? measure(kShrink) : norm;
   }
   if (lane == 0) static_cast<float*>(p.out)[row] = total / p.H;
 }
@@ -248,25 +263,33 @@ __global__ void __launch_bounds__(32 * kPlainWarps) token_change_kernel(TokenCha
   const int64_t b = row / p.N, n = row % p.N;
   const T* new_row = static_cast<const T*>(p.new_rows) + b * p.stride_new_b + n * p.stride_new_n;
   const T* old_row = static_cast<const T*>(p.old_rows) + b * p.stride_old_b + n * p.stride_old_n;
-  float dots = 0, new_squares = 0, old_squares = 0, moved = 0, size = 0;
-  for (int64_t d = int64_t{lane} * Width; d < p.D; d += 32 * Width) {
-    const auto new_piece = Piece<T, Width>::load(new_row + d);
-    const auto old_piece = Piece<T, Width>::load(old_row + d);
-    for (int i = 0; i < Width; ++i) {
-      const float now = to_float(new_piece.values[i]), old = to_float(old_piece.values[i]);
-      dots += now * old;
-      new_squares += now * now;
-      old_squares += old * old;
-      moved += fabsf(now - old);
-      size += fabsf(old);
+  float dots, new_squares, old_squares, moved, size;
+  const auto measure = [&](float new_factor, float old_factor) {
+    dots = new_squares = old_squares = moved = size = 0;
+    for (int64_t d = int64_t{lane} * Width; d < p.D; d += 32 * Width) {
+      const auto new_piece = Piece<T, Width>::load(new_row + d);
+      const auto old_piece = Piece<T, Width>::load(old_row + d);
+      for (int i = 0; i < Width; ++i) {
+        const float now = to_float(new_piece.values[i]) * new_factor;
+        const float old = to_float(old_piece.values[i]) * old_factor;
+        dots += now * old;
+        new_squares += now * now;
+        old_squares += old * old;
+        moved += fabsf(now - old);
+        size += fabsf(old);
+      }
     }
-  }
-  dots = sum_of_warp(dots);
-  const float new_norm = sqrtf(sum_of_warp(new_squares));
-  const float old_norm = sqrtf(sum_of_warp(old_squares));
-  moved = sum_of_warp(moved);
-  size = sum_of_warp(size);
-  const float distance = 1 - dots / (fmaxf(new_norm, 1e-8f) * fmaxf(old_norm, 1e-8f));
+    dots = sum_of_warp(dots);
+    new_squares = sum_of_warp(new_squares);
+    old_squares = sum_of_warp(old_squares);
+    moved = sum_of_warp(moved);
+    size = sum_of_warp(size);
+  };
+  measure(1, 1);
+  const float new_factor = factor_of(new_squares), old_factor = factor_of(old_squares);
+  if (p.is_cosine && (new_factor != 1 || old_factor != 1)) measure(new_factor, old_factor);
+  const float distance =
+      1 - dots / (fmaxf(sqrtf(new_squares), 1e-8f) * fmaxf(sqrtf(old_squares), 1e-8f));
   if (lane == 0) {
     static_cast<float*>(p.out)[row] = p.is_cosine ? distance : moved / fmaxf(size, 1e-12f);
   }

@@ -174,9 +174,7 @@ def test_the_emulator_sees_what_is_wrong_with_a_kernel(
     run_kernel.restype = ctypes.c_char_p
     out = torch.zeros(64)
 
-    found = run_kernel(
-        kernel.encode(), ctypes.c_void_p(out.data_ptr()), blocks, shared_bytes, True
-    )
+    found = run_kernel(kernel.encode(), ctypes.c_void_p(out.data_ptr()), blocks, shared_bytes, True)
 
     assert (found or b"").decode().startswith(reason or "")
     assert (found is None) == (reason is None)

@@ -124,13 +124,30 @@ def test_the_schemas_tell_what_is_written():
 
 
 B, N, S, D, H, E = 2, 230, 101, 321, 3, 26  # enough for several threads
+
+
+def token_numbers(B, N, K):
+    """Which of K vectors each token takes; some numbers are clipped."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(-1, K + 1, (B, N), generator=generator, dtype=torch.int32)
+
+
 # the inputs of everything that is compiled for each instruction set
 VECTOR_OPS = {
     "add_branches": lambda some, wide: (
         some(B, N, D), some(B, N, D), [some(B, N, D)] * 2, [some(B, D), None],
     ),
     "gather_modulate": lambda some, wide: (
-        some(B, N, D), random_indices(B, N, S, num_empty=2), some(B, D), some(B, D), 1e-6,
+        some(B, N, D), random_indices(B, N, S, num_empty=2), some(B, D), some(B, D),
+        reference.RowNorm(),
+    ),
+    "gather_modulate by numbers": lambda some, wide: (
+        some(B, N, D), random_indices(B, N, S, num_empty=2), some(B, 3, D), some(B, D),
+        reference.RowNorm("rms", some(D), some(D), 1.0, 1e-5), token_numbers(B, N, 3),
+    ),
+    "add_branches with norms": lambda some, wide: (
+        some(B, N, D), some(B, N, D), [some(B, N, D)] * 3, [some(B, N, D), some(B, D), None],
+        [reference.RowNorm("rms", some(D)), None, reference.RowNorm("rms", None, None, 0.0, 1e-3)],
     ),
     "blend": lambda some, wide: (some(B, N, D), some(B, N, D), wide(B, N).sigmoid()),
     "blend_backward": lambda some, wide: (
@@ -163,7 +180,7 @@ def make_vector_inputs(op, dtype):
 
 def widen(value):
     """The same in float64."""
-    if isinstance(value, reference.QkNorm):
+    if isinstance(value, reference.QkNorm | reference.RowNorm):
         return value._replace(**{k: widen(v) for k, v in value._asdict().items()})
     if isinstance(value, list | tuple):
         return type(value)(map(widen, value))
@@ -173,6 +190,7 @@ def widen(value):
 def outputs_of(backend, op, inputs):
     """What the op returns, and what it writes."""
     inputs = [x.clone() if isinstance(x, torch.Tensor) else x for x in inputs]
+    op = op.split()[0]
     returned = getattr(backend, op)(*inputs)
     written = {"add_branches": 1, "project_qkv_": 2}.get(op, 0)
     given = returned if isinstance(returned, tuple) else (returned,) * (returned is not None)

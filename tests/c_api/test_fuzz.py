@@ -380,7 +380,7 @@ def run_reference(call, views):
             if v["S"] == 0:  # then shift and scale may be missing
                 return x[:, :0]
             return reference.gather_modulate(
-                x, flat["indices"], flat["shift"], flat["scale"], v["eps"]
+                x, flat["indices"], flat["shift"], flat["scale"], reference.RowNorm(eps=v["eps"])
             )
 
         if op == "gather_rows":

@@ -374,3 +374,24 @@ def test_the_reference_has_a_gradient():
         return ops.attention_with_entropy(*inputs, key_lengths=lengths, backend="reference")
 
     assert torch.autograd.gradcheck(attend, inputs)
+
+
+@pytest.mark.parametrize("has_entropy", [False, True, "head mean"])
+def test_padding_that_was_never_written_does_not_matter(backend, device, has_entropy):
+    if has_entropy:
+        needs_entropy(backend)
+    query, key, value = make_inputs(3, 7, 37, 2, 16, device=device)
+    lengths = torch.tensor([5, 0, 37], dtype=torch.int32, device=device)
+
+    def attend():
+        options = {"key_lengths": lengths, "backend": backend}
+        if not has_entropy:
+            return ops.attention(query, key, value, **options)
+        options["head_mean"] = has_entropy == "head mean"
+        return ops.attention_with_entropy(query, key, value, **options)
+
+    wanted = attend()
+    for b, length in enumerate(lengths.tolist()):
+        key[b, length:], value[b, length:] = torch.nan, torch.nan
+
+    torch.testing.assert_close(attend(), wanted, rtol=0, atol=0)

@@ -57,7 +57,7 @@ MOST = {
     "scatter_rows_": 33,
     "linear": 30,
     "linear_scatter_": 46,
-    "row_pass_": 50,
+    "row_pass_": 66,
     "select_tokens_": 40,
 }
 

@@ -213,3 +213,80 @@ def test_a_batch_equals_its_elements_run_alone(backend, device):
             cache[one], indices[one], x[one], weight, bias, gate=gate[one], backend=backend
         )
         torch.testing.assert_close(whole[one], alone)
+
+
+GLUS = ["two weights", "gate_first", "gate_last"]
+
+
+def make_gated(way, K, O, dtype, device):  # noqa: E741
+    """Weight and bias, and the arguments of the gate; and both as two layers."""
+    weight, bias = make_layer(K, O, dtype, device)
+    gate_weight, gate_bias = (2 * part + 0.5 for part in make_layer(K, O, dtype, device))
+    layers = (weight, bias, gate_weight, gate_bias)
+    if way == "two weights":
+        return (weight, bias), {"gate_weight": gate_weight, "gate_bias": gate_bias}, layers
+    order = (0, 1) if way == "gate_last" else (1, 0)
+    fused = [
+        torch.cat([(value, gate)[i] for i in order])
+        for value, gate in ((weight, gate_weight), (bias, gate_bias))
+    ]
+    return fused, {"glu": way}, layers
+
+
+def eager_glu(rows, weight, bias, gate_weight, gate_bias, activation):
+    """The formula once more."""
+    gate = reference.linear(rows, gate_weight, gate_bias, activation, None)
+    return gate * (rows @ weight.T + (0 if bias is None else bias))
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])
+@pytest.mark.parametrize("way", GLUS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_gated_layer_is_as_exact_as_eager(backend, device, dtype, way, activation):
+    fused, options, layers = make_gated(way, 72, 40, dtype, device)
+    x = randn(2, 37, 72, dtype=dtype, device=device)
+    indices = random_indices(2, 37, 11, num_empty=2, device=device)
+    options["activation"] = activation
+
+    out = linear(x[:, :11], *fused, **options, backend=backend)
+    gathered = linear(x, *fused, **options, indices=indices, backend=backend)
+
+    rows = gather_rows(x, indices, backend="reference")
+    for result, given in ((out, x[:, :11]), (gathered, rows)):
+        assert_within_budget(
+            result,
+            exact=eager_glu(*in_float64(given, *layers), activation),
+            rounded=eager_glu(given, *layers, activation),
+        )
+
+
+@pytest.mark.parametrize(("B", "N", "S", "K", "O"), SHAPES)
+def test_a_gated_layer_of_any_size(backend, device, B, N, S, K, O):  # noqa: E741
+    fused, options, layers = make_gated("gate_first", K, O, torch.float32, device)
+    x = randn(B, S, K, device=device)
+
+    out = linear(x, fused[0], activation="silu", **options, backend=backend)
+
+    weight, _, gate_weight, _ = layers
+    assert_within_budget(
+        out,
+        exact=eager_glu(*in_float64(x, weight), None, gate_weight.double(), None, "silu"),
+        rounded=eager_glu(x, weight, None, gate_weight, None, "silu"),
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"glu": "last"}, "glu must be None or one of gate_first, gate_last, got 'last'"),
+        ({"glu": "gate_first", "weight": randn(7, 16)}, "weight must have two halves of rows"),
+        ({"glu": "gate_last", "gate_weight": randn(8, 16)}, "glu must be None where the gate has"),
+        ({"gate_weight": randn(7, 16)}, r"gate_weight must have shape \(O, K\) = \(8, 16\)"),
+        ({"gate_bias": randn(8)}, "gate_bias must come with a gate_weight, got none"),
+    ],
+)
+def test_a_gate_that_does_not_fit_is_named(change, sentence):
+    arguments = {"x": randn(2, 5, 16), "weight": randn(8, 16), "activation": "silu"}
+
+    with pytest.raises(ValueError, match=f"^linear: {sentence}"):
+        linear(**(arguments | change))

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from tokencache_kernels.ops import mlp, mlp_
+from tokencache_kernels.ops import RowNorm, gather_modulate, linear, linear_scatter, mlp, mlp_
 from tokencache_kernels.testing import assert_within_budget, in_float64, randn, random_indices
 
 OPS = ("mlp_",)
@@ -96,3 +96,39 @@ def test_all_tokens_make_the_cache_forget(backend, device):
     other = mlp(inputs[0] + 1, *inputs[1:], backend=backend)
 
     torch.testing.assert_close(other, out, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("way", ["two weights", "gate_first", "gate_last"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_gated_mlp_is_its_three_steps(backend, device, dtype, way):
+    inputs = make_inputs(2, 37, 11, 24, 40, dtype, device, num_empty=1)
+    cache, x, indices, _, scale, fc1_weight, fc1_bias, fc2_weight, fc2_bias = inputs
+    gate_weight, gate_bias = 2 * fc1_weight.flip(0), 1 - fc1_bias
+    norm = RowNorm("rms", randn(24, dtype=dtype, device=device), None, 1.0)
+    scale = scale[:, None] * randn(2, 37, 24, dtype=dtype, device=device, seed=9)
+    layer = (fc1_weight, fc1_bias)
+    gate = {"gate_weight": gate_weight, "gate_bias": gate_bias}
+    options = {"activation": "silu", "norm": norm}
+    fused, given = layer, gate
+    if way != "two weights":
+        parts = [(gate_weight, fc1_weight), (gate_bias, fc1_bias)]
+        order = (0, 1) if way == "gate_first" else (1, 0)
+        fused, given = [torch.cat([pair[i] for i in order]) for pair in parts], {"glu": way}
+
+    out = mlp(cache, x, indices, None, scale, *fused, fc2_weight, fc2_bias, **options, **given,
+              backend=backend)  # fmt: skip
+
+    def steps(cache, x, scale, weight, bias, gate_weight, gate_bias, fc2_weight, fc2_bias, norm):
+        norm = options["norm"]._replace(weight=norm)
+        rows = gather_modulate(x, indices, None, scale, norm=norm, backend="reference")
+        rows = linear(rows, weight, bias, activation="silu", gate_weight=gate_weight,
+                      gate_bias=gate_bias, backend="reference")  # fmt: skip
+        return linear_scatter(cache, indices, rows, fc2_weight, fc2_bias, backend="reference")
+
+    tensors = (cache, x, scale, *layer, *gate.values(), fc2_weight, fc2_bias, norm.weight)
+    assert_within_budget(out, exact=steps(*in_float64(*tensors)), rounded=steps(*tensors))
+    assert torch.equal(
+        mlp_(cache.clone(), x, indices, None, scale, *fused, fc2_weight, fc2_bias, **options,
+             **given, backend=backend),
+        out,
+    )  # fmt: skip

@@ -24,24 +24,36 @@ def inputs(op):
     staleness = torch.zeros(3, B, N, dtype=torch.int32)
     num_fresh = torch.tensor([[1, 2, 0], [5, 0, 3]], dtype=torch.int32)
     branches, gates = [cache, randn(B, N, D, seed=9)], [shift, None]
+    sums = (x, branches, gates, [None, None], [0.0, 0.0], [-1.0, -1.0])
+    # a gate and a scale by number, and a norm of one branch
+    numbers = torch.arange(N, dtype=torch.int32).expand(B, N).contiguous() % 3
+    numbered = randn(B, 3, D, seed=11)
+    rich_sums = (x, branches, [numbered, None], [None, fc1[0]], [0.0, 1.0], [-1.0, 1e-6])
+    norm, rich_norm = ("layer", None, None, 0.0, 1e-6), ("rms", fc1[0], fc1[1], 1.0, 1e-6)
+    vectors, rich_vectors = (shift, scale, *norm, None), (None, numbered, *rich_norm, numbers)
     return {
         "gather_rows": (x, indices),
         "scatter_rows_": (cache, indices, rows),
         "scatter_rows": (cache, indices, rows),
         "select_tokens_": (randn(3, B, N), staleness, num_fresh, S, 0.1, True, [3, 4], 2, 0.6),
         "invert_indices": (indices, N),
-        "add_branches_": (x, branches, gates),
-        "add_branches": (x, branches, gates),
+        "add_branches_": (*sums, None),
+        "add_branches": (*rich_sums, numbers),
         "blend": (x, cache, randn(B, N, seed=10).requires_grad_()),
         "blend_backward": (rows[:, :1].expand(B, N, D), x, cache, randn(B, N), True),
-        "gather_modulate": (x, indices, shift, scale, 1e-6),
-        "row_pass_": (x, branches, gates, indices, positions, shift, scale, 1e-6),
-        "row_pass": (x, branches, gates, indices, positions, shift, scale, 1e-6),
-        "linear": (rows, weight, bias, "gelu", None),
+        "gather_modulate": (x, indices, *rich_vectors),
+        "row_pass_": (*rich_sums, indices, positions, *rich_vectors),
+        "row_pass": (*sums, indices, positions, *vectors),
+        "linear": (rows, weight, bias, "gelu", None, weight.clone(), None),
         "linear_scatter_": (cache, indices, rows, weight, bias, None, False, None),
         "linear_scatter": (cache, indices, rows, wide_weight, bias, shift, True, x),
-        "mlp_": (cache, x, indices, shift, scale, fc1, None, fc2, bias, "silu", 1e-6),
-        "mlp": (cache, x, indices, shift, scale, fc1, None, fc2, bias, "silu", 1e-6),
+        "mlp_": (
+            cache, x, indices, shift, scale, fc1, None, fc2, bias, "silu", *norm, None, None, None,
+        ),
+        "mlp": (
+            cache, x, indices, None, numbered, fc1, None, fc2, bias, "silu", *rich_norm, numbers,
+            fc1.clone(), fc1[:, 0].contiguous(),
+        ),
         "attention": (query, key, key.clone(), None, 0.3),
         "attention_with_entropy": (query, key, key.clone(), None, 0.3, True),
         "project_qkv_": (

@@ -324,3 +324,34 @@ def test_an_argument_that_does_not_fit_is_named(change, sentence):
 
     with pytest.raises(ValueError, match=f"^select_tokens_: {sentence}"):
         select_tokens_(**(arguments | change))
+
+
+@pytest.mark.parametrize("largest", [1e-30, 1.0, 3e19, 3e38])
+def test_scores_of_any_size_select_by_their_order_and_their_staleness(backend, device, largest):
+    scores = distinct_scores(2, 2, 41, device=device)
+    staleness = torch.zeros(2, 2, 41, dtype=torch.int32, device=device)
+    staleness[..., 7] = 3
+
+    def select(scores):
+        return select_tokens(scores, staleness, 9, staleness_weight=0.3, backend=backend)
+
+    indices, positions, _ = select(scores / 41 * largest)
+
+    # a score below the least norm adds next to nothing to the staleness
+    wanted = select(scores / 41)
+    if largest == 1e-30:
+        assert (indices == 7).any(-1).all()
+    else:
+        torch.testing.assert_close((indices, positions), wanted[:2], rtol=0, atol=0)
+
+
+def test_a_cycle_of_no_steps_is_empty_and_leaves_the_staleness(backend, device):
+    scores = distinct_scores(3, 2, 11, device=device)
+    staleness = torch.ones(3, 2, 11, dtype=torch.int32, device=device)
+    none = torch.zeros(0, 3, dtype=torch.int32, device=device)
+
+    indices, positions = select_cycle_(scores, staleness, none, 4, backend=backend)
+
+    assert indices.shape == (0, 3, 2, 4)
+    assert positions.shape == (0, 3, 2, 11)
+    assert (staleness == 1).all()

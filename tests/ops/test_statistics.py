@@ -431,3 +431,44 @@ def test_slices_are_read_where_they_lie(backend, device):
     torch.testing.assert_close(change, ops.token_change(*packed, backend=backend), **same)
     packed = wide[..., 16:40].contiguous()
     torch.testing.assert_close(norms, ops.head_norms(packed, backend=backend), **same)
+
+
+@pytest.mark.parametrize("sizes", [(1.0, 1.0), (1e20, 1.0), (3e37, 3e37), (1e-25, 1e-12)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_cosine_does_not_depend_on_how_long_the_rows_are(backend, device, sizes, dtype):
+    new, old = (
+        (size * randn(2, 9, 77, device=device, seed=seed)).to(dtype)
+        for seed, size in enumerate(sizes)
+    )
+    new[0, 3] = 0
+
+    change = ops.token_change(new, old, backend=backend)
+
+    exact = 1 - torch.nn.functional.cosine_similarity(
+        *(x.double() / x.double().norm(dim=-1, keepdim=True).clamp_min(1e-300) for x in (new, old)),
+        dim=-1,
+    )
+    torch.testing.assert_close(change.double(), exact, rtol=1e-5, atol=1e-5)
+    assert change[0, 3] == 1
+
+
+@pytest.mark.parametrize("size", [1.0, 1e20, 1e37])
+def test_norms_of_heads_do_not_overflow_before_they_must(backend, device, size):
+    x = size * randn(2, 9, 3, 26, device=device)
+
+    norms = ops.head_norms(x, backend=backend)
+
+    exact = x.double().norm(dim=-1).mean(-1)
+    torch.testing.assert_close(norms.double(), exact, rtol=1e-5, atol=0)
+
+
+def test_what_lies_beyond_the_keys_of_a_sample_does_not_matter(backend, device):
+    query, key = randn(3, 7, 2, 16, device=device), randn(3, 37, 2, 16, device=device, seed=1)
+    lengths = torch.tensor([5, 0, 37], dtype=torch.int32, device=device)
+    wanted = ops.attention_entropy(query, key, key_lengths=lengths, backend=backend)
+    for b, length in enumerate(lengths.tolist()):
+        key[b, length:] = torch.nan
+
+    out = ops.attention_entropy(query, key, key_lengths=lengths, backend=backend)
+
+    torch.testing.assert_close(out, wanted, rtol=0, atol=0)

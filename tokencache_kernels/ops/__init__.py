@@ -6,7 +6,7 @@ host.
 """
 
 from ..backends.native.linear import drop_packed_weights
-from ..backends.reference import QkNorm
+from ..backends.reference import QkNorm, RowNorm
 from .attention import attention, attention_with_entropy
 from .blend import blend
 from .linear import linear, linear_scatter, linear_scatter_
@@ -19,6 +19,7 @@ from .statistics import attention_entropy, attention_received, head_norms, token
 
 __all__ = [
     "QkNorm",
+    "RowNorm",
     "add_branches",
     "add_branches_",
     "attention",

@@ -123,14 +123,14 @@ def _check_index_values(op: str, indices: Tensor, num_tokens: int, may_repeat: b
             fail(op, "indices", "name each token once", f"a repeated token in sample {sample}")
 
 
-def is_plain(*weights: Tensor) -> bool:
+def is_plain(*weights: Tensor | None) -> bool:
     """Whether these are no subclasses (quantised, say), of which PyTorch alone knows products."""
-    return all(
-        type(weight) is Tensor
-        or type(weight) is torch.nn.Parameter
-        or type(weight).__module__.startswith("torch._subclasses.")
-        for weight in weights
-    )
+    for weight in weights:
+        if weight is None or type(weight) is Tensor or type(weight) is torch.nn.Parameter:
+            continue
+        if not type(weight).__module__.startswith("torch._subclasses."):
+            return False
+    return True
 
 
 def expect_activation(op: str, activation: str) -> None:

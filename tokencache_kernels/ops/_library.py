@@ -86,7 +86,7 @@ def _is_watched(given: Sequence[Any]) -> bool:
                 return True
         elif type(value) is list:
             for one in value:
-                if one is not None and type(one) not in _PLAIN:
+                if isinstance(one, Tensor) and type(one) not in _PLAIN:
                     return True
     return False
 
@@ -121,7 +121,7 @@ def _keep_apart(written: Tensor, usable: list[Any]) -> None:
                 continue
             if share_memory(written, value):
                 usable[place] = value.clone()
-        elif type(value) is list:
+        elif type(value) is list and value and type(value[0]) is not float:
             usable[place] = apart = [*value]
             _keep_apart(written, apart)
 

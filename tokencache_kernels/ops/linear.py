@@ -17,6 +17,8 @@ from ._checks import (
 from ._library import define, no_result, run, without_autocast
 from .rows import gather_rows, scatter_rows_
 
+GLUS = ("gate_first", "gate_last")
+
 
 def _run_linear(
     x: Tensor,
@@ -24,10 +26,17 @@ def _run_linear(
     bias: Tensor | None,
     activation: str,
     indices: Tensor | None,
+    gate_weight: Tensor | None,
+    gate_bias: Tensor | None,
     backend: str,
 ) -> Tensor:
-    out: Tensor = run("linear", x, backend)(x, weight, bias, activation, indices)
-    return out
+    launch = run("linear", x, backend)
+    if gate_weight is None:
+        out: Tensor = launch(x, weight, bias, activation, indices)
+        return out
+    gate = launch(x, gate_weight, gate_bias, activation, indices)
+    gated: Tensor = launch(x, weight, bias, "none", indices, gate)
+    return gated
 
 
 def _run_linear_scatter_(
@@ -52,10 +61,10 @@ def _run_linear_scatter(cache: Tensor, *arguments: object) -> Tensor:
 
 
 _linear = define(
-    "linear(Tensor x, Tensor weight, Tensor? bias, str activation, Tensor? indices, str backend)"
-    " -> Tensor",
+    "linear(Tensor x, Tensor weight, Tensor? bias, str activation, Tensor? indices,"
+    " Tensor? gate_weight, Tensor? gate_bias, str backend) -> Tensor",
     _run_linear,
-    lambda x, weight, bias, activation, indices, backend: x.new_empty(
+    lambda x, weight, bias, activation, indices, *_: x.new_empty(
         *(x if indices is None else indices).shape[:2], weight.shape[0]
     ),
 )
@@ -80,12 +89,17 @@ def linear(
     *,
     activation: str = "none",
     indices: Tensor | None = None,
+    gate_weight: Tensor | None = None,
+    gate_bias: Tensor | None = None,
+    glu: str | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Apply a linear layer and its activation to packed rows, or to rows gathered on the way in.
 
     ``out[b, s] = activation(x[b, s] @ weight.T + bias)``; with ``indices`` the rows are
-    ``x[b, indices[b, s]]``, and an empty slot is a row of zeros.
+    ``x[b, indices[b, s]]``, and an empty slot is a row of zeros. A gated layer (SwiGLU with
+    ``"silu"``, GEGLU with ``"gelu"`` or ``"gelu_tanh"``) has a gate, which takes the activation:
+    ``out[b, s] = activation(x[b, s] @ gate_weight.T + gate_bias) * (x[b, s] @ weight.T + bias)``.
 
     Args:
         x: (B, S, K) packed rows, or (B, N, K) when ``indices`` is given; any float dtype; stride 1
@@ -95,6 +109,10 @@ def linear(
         bias: (O,), likewise, or None.
         activation: ``"none"``, ``"gelu"`` (erf), ``"gelu_tanh"`` or ``"silu"``.
         indices: (B, S) int32 or None; see ``gather_rows``.
+        gate_weight: (O, K), likewise, of a gated layer with two weights.
+        gate_bias: (O,), likewise, or None.
+        glu: of a gated layer with one weight (2 * O, K) and bias (2 * O,), which half of their rows
+            is the gate: ``"gate_first"`` or ``"gate_last"``.
         backend: ``"auto"``, ``"triton"``, ``"native"`` or ``"reference"``.
 
     Returns:
@@ -105,6 +123,9 @@ def linear(
         TypeError: a dtype does not fit.
         RuntimeError: an input requires grad and ``backend`` is not ``"reference"``.
         BackendUnavailableError: the backend named cannot run here.
+
+    Source:
+        The gated layers are those of Shazeer (arXiv:2002.05202).
     """
     expect("linear", "x", x, (None, None, None), "(B, S, K)")
     expect("linear", "weight", weight, (None, x.shape[2]), "(O, K)", like=x)
@@ -113,11 +134,55 @@ def linear(
     expect_activation("linear", activation)
     if indices is not None:
         expect_indices("linear", indices, x, may_repeat=True)
-    if backend == "reference" or not is_plain(weight):
-        return without_autocast(reference.linear)(x, weight, bias, activation, indices)
-    expect_no_grad("linear", x, weight, bias)
-    out: Tensor = _linear(x, weight, bias, activation, indices, backend)
+    weight, bias, gate_weight, gate_bias = split_gate(
+        "linear", "", weight, bias, gate_weight, gate_bias, glu
+    )
+    if backend == "reference" or not is_plain(weight, gate_weight):
+        product = without_autocast(reference.linear)
+        if gate_weight is None:
+            return product(x, weight, bias, activation, indices)
+        gate = product(x, gate_weight, gate_bias, activation, indices)
+        return product(x, weight, bias, "none", indices, gate)
+    expect_no_grad("linear", x, weight, bias, gate_weight, gate_bias)
+    out: Tensor = _linear(x, weight, bias, activation, indices, gate_weight, gate_bias, backend)
     return out
+
+
+def split_gate(
+    op: str,
+    layer: str,
+    weight: Tensor,
+    bias: Tensor | None,
+    gate_weight: Tensor | None,
+    gate_bias: Tensor | None,
+    glu: str | None,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Check the gate of a layer; return weight and bias, then the gate's, two halves of one or not.
+
+    ``layer`` comes before the arguments' names in messages, such as ``fc1_``.
+    """
+    if glu is None:
+        if gate_weight is not None:
+            expect(op, f"{layer}gate_weight", gate_weight, weight.shape, "(O, K)", like=weight)
+        if gate_bias is not None:
+            if gate_weight is None:
+                fail(op, f"{layer}gate_bias", "come with a gate_weight", "none")
+            expect(op, f"{layer}gate_bias", gate_bias, weight.shape[:1], "(O,)", like=weight)
+        return weight, bias, gate_weight, gate_bias
+    if glu not in GLUS:
+        fail(op, "glu", f"be None or one of {', '.join(GLUS)}", repr(glu))
+    if gate_weight is not None or gate_bias is not None:
+        fail(op, "glu", "be None where the gate has a weight of its own", repr(glu))
+    if weight.shape[0] % 2:
+        fail(op, f"{layer}weight", "have two halves of rows where it holds a gate", weight.shape[0])
+    if not is_plain(weight):
+        fail(
+            op, f"{layer}weight", "be a plain tensor where it holds a gate", type(weight).__name__
+        )  # fmt: skip
+    weights = weight.chunk(2)
+    biases = (None, None) if bias is None else bias.chunk(2)
+    gate, value = (0, 1) if glu == "gate_first" else (1, 0)
+    return weights[value], biases[value], weights[gate], biases[gate]
 
 
 def linear_scatter_(

@@ -191,19 +191,28 @@ def _has_kernel(x: Tensor) -> bool:
 
 
 def linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, indices: Tensor | None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    indices: Tensor | None,
+    factor: Tensor | None = None,
 ) -> Tensor:
-    """activation(rows @ weight.T + bias), where rows = x, or x gathered by ``indices``."""
+    """activation(rows @ weight.T + bias) [* factor], rows = x, or x gathered by ``indices``."""
     if _has_kernel(x):
-        fused: Tensor = OPS.linear(x, weight, bias, activation, indices)
+        fused: Tensor = OPS.linear(x, weight, bias, activation, indices, factor)
         return fused
     rows = x if indices is None else gather_rows(x, indices)
     if rows.numel() == 0 or not _can_pack(weight):
-        return ACTIVATIONS[activation](F.linear(rows, weight, bias))
+        out = ACTIVATIONS[activation](F.linear(rows, weight, bias))
+        return out if factor is None else out.mul_(factor)
     packed = _weights.find(weight)
+    if factor is not None:
+        gated: Tensor = torch.ops.mkldnn._linear_pointwise.binary(rows, factor, packed, bias, "mul")
+        return gated
     name, kind = _FUSED[activation]
-    out: Tensor = torch.ops.mkldnn._linear_pointwise(rows, packed, bias, name, [], kind)
-    return out
+    result: Tensor = torch.ops.mkldnn._linear_pointwise(rows, packed, bias, name, [], kind)
+    return result
 
 
 def linear_scatter_(

@@ -29,6 +29,10 @@ def load_library() -> str | None:
         torch.ops.load_library(path)
     except OSError as error:
         return f"the native library does not load ({error.__cause__ or error})"
+    if "norm_kind" not in str(
+        torch.ops.tokencache_kernels_native.row_pass.default._schema
+    ):  # of the schemas the newest
+        return "the native library was built from older sources (build it again)"
     instructions = settings.cpu_instructions()
     if instructions is not None and not OPS.use_cpu_instructions(instructions):
         return (

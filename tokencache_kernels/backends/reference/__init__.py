@@ -16,7 +16,7 @@ from .attention import attention, attention_with_entropy
 from .blend import blend, blend_backward
 from .linear import linear, linear_scatter_
 from .mlp import mlp_
-from .modulate import add_branches, gather_modulate, row_pass, sum_branches
+from .modulate import RowNorm, add_branches, gather_modulate, row_pass, sum_branches
 from .project import QkNorm, finish_heads, project_qkv_
 from .rows import gather_rows, scatter_rows_
 from .select import add_tile_bonus, combine_base, invert_indices, select_tokens_
@@ -24,6 +24,7 @@ from .statistics import attention_entropy, attention_received, head_norms, token
 
 __all__ = [
     "QkNorm",
+    "RowNorm",
     "add_branches",
     "add_tile_bonus",
     "attention",

@@ -17,11 +17,20 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, indices: Tensor | None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    indices: Tensor | None,
+    factor: Tensor | None = None,
 ) -> Tensor:
-    """activation(rows @ weight.T + bias), where rows = x, or x gathered by ``indices``."""
+    """activation(rows @ weight.T + bias) [* factor], rows = x, or x gathered by ``indices``.
+
+    The factor (B, S, O) of a gated layer is the other product, activated.
+    """
     rows = x if indices is None else gather_rows(x, indices)
-    return ACTIVATIONS[activation](F.linear(rows, weight, bias))
+    out = ACTIVATIONS[activation](F.linear(rows, weight, bias))
+    return out if factor is None else factor * out
 
 
 def linear_scatter_(

@@ -47,10 +47,12 @@ def combine_base(scores: Tensor, normalize: bool) -> Tensor:
     """The score in float32, over its L2 norm over the tokens (NaN left out) if ``normalize``."""
     base = scores.float()
     if normalize:
-        norm = base.nan_to_num(nan=0.0, posinf=torch.inf, neginf=-torch.inf).norm(
-            dim=-1, keepdim=True
-        )
-        base = base / norm.clamp_min(1e-12)
+        known = base.nan_to_num(nan=0.0, posinf=torch.inf, neginf=-torch.inf)
+        norm = known.norm(dim=-1, keepdim=True)
+        # squares beyond float32: everything smaller by a power of two
+        factor = torch.where(norm.isinf(), 2.0**-80, 1.0)
+        norm = torch.where(norm.isinf(), (known * factor).norm(dim=-1, keepdim=True), norm)
+        base = base * factor / norm.clamp_min(1e-12)
     return base
 
 

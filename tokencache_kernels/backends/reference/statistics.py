@@ -14,6 +14,8 @@ from torch import Tensor
 # of a head that its keys are worth reading
 _BLOCK_ELEMENTS = 1 << 18
 _MIN_BLOCK_QUERIES = 32
+# of a row whose cosine is taken after it was multiplied
+_TINY_SQUARES = 1e-12
 
 
 def attention_received(
@@ -65,15 +67,27 @@ def attention_entropy(
 
 def head_norms(x: Tensor) -> Tensor:
     """The mean over heads of the L2 norm of each token's head vectors: (B, N, H, E) -> (B, N)."""
-    return torch.linalg.vector_norm(x, dim=-1, dtype=_wide(x)).mean(dim=-1)
+    x = x.to(_wide(x))
+    factor = _factor_of(x, 0.0)
+    return (torch.linalg.vector_norm(x * factor, dim=-1) / factor[..., 0]).mean(dim=-1)
 
 
 def token_change(new: Tensor, old: Tensor, metric: str) -> Tensor:
     """How far each token moved: 1 - cos(new, old), or |new - old|_1 / |old|_1."""
     new, old = new.to(_wide(new)), old.to(_wide(old))
     if metric == "cosine":
+        factors = (_factor_of(x, _TINY_SQUARES) for x in (new, old))
+        new, old = (x * factor for x, factor in zip((new, old), factors, strict=True))
         return 1 - F.cosine_similarity(new, old, dim=-1)
     return (new - old).abs().sum(-1) / old.abs().sum(-1).clamp_min(1e-12)
+
+
+def _factor_of(x: Tensor, tiny_squares: float) -> Tensor:
+    """A power of two for each row, (..., 1): by it squares neither overflow nor vanish."""
+    shrink = 2.0**-80 if x.dtype == torch.float32 else 2.0**-520
+    squares = x.detach().square().sum(dim=-1, keepdim=True)
+    factor = torch.ones_like(squares).masked_fill(squares < tiny_squares, 1 / shrink)
+    return factor.masked_fill(squares.isinf(), shrink)
 
 
 def _query_blocks(num_queries: int, num_keys: int) -> Iterator[slice]:

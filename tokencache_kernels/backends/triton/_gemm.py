@@ -302,21 +302,27 @@ def activate(x, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def store_activated(
-    total, bias_ptr, out_ptr, rows, first_col,
+    total, bias_ptr, factor_ptr, out_ptr, rows, first_col,
     M,
     D_OUT: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
-    """out[rows[m], c] = activation(total[m, n] + bias[c]), c = first_col + n; out is contiguous."""
+    """out[rows[m], c] = activation(total[m, n] + bias[c]) [* factor[rows[m], c]].
+
+    Here c = first_col + n; out and factor are contiguous.
+    """
     if total.shape[1] > MAX_EPILOGUE_COLS:
         left, right = halve(total)
-        store_activated(left, bias_ptr, out_ptr, rows, first_col, M, D_OUT, ACTIVATION)
+        store_activated(left, bias_ptr, factor_ptr, out_ptr, rows, first_col, M, D_OUT, ACTIVATION)
         middle = first_col + left.shape[1]
-        store_activated(right, bias_ptr, out_ptr, rows, middle, M, D_OUT, ACTIVATION)
+        store_activated(right, bias_ptr, factor_ptr, out_ptr, rows, middle, M, D_OUT, ACTIVATION)
     else:
         cols = first_col + tl.arange(0, total.shape[1])
         total = activate(add_bias(total, bias_ptr, cols, D_OUT), ACTIVATION)
-        out_ptrs = out_ptr + rows.to(tl.int64)[:, None] * D_OUT + cols[None, :]
+        places = rows.to(tl.int64)[:, None] * D_OUT + cols[None, :]
+        out_ptrs = out_ptr + places
         mask = (rows < M)[:, None] & (cols < D_OUT)[None, :]
+        if factor_ptr is not None:
+            total *= tl.load(factor_ptr + places, mask=mask, other=0.0).to(tl.float32)
         tl.store(out_ptrs, round_to(total, out_ptr.dtype.element_ty), mask=mask)
 
 

@@ -47,14 +47,14 @@ from .rows import gather_rows, scatter_rows_
 
 @triton.jit(do_not_specialize=["M", "N", "S", "split_k"])
 def _linear_kernel(
-    x_ptr, indices_ptr, weight_ptr, bias_ptr, out_ptr, partials_ptr, counters_ptr,
+    x_ptr, indices_ptr, weight_ptr, bias_ptr, factor_ptr, out_ptr, partials_ptr, counters_ptr,
     M, N, S, split_k,
     stride_xb, stride_xn: tl.constexpr, stride_w: tl.constexpr,
     D_IN: tl.constexpr, D_OUT: tl.constexpr, ACTIVATION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     STARTS_EARLY: tl.constexpr,
 ):  # fmt: skip
-    """out[m] = activation(row[m] @ weight.T + bias).
+    """out[m] = activation(row[m] @ weight.T + bias) [* factor[m]].
 
     row[m] = x[m], or with indices, m = b * S + s, x[b, indices[b, s]]; an empty slot: 0.
     """
@@ -90,11 +90,20 @@ def _linear_kernel(
             total = sum_parts(partials_ptr, split_k, BLOCK_M, BLOCK_N)
         if indices_ptr is not None:
             total = tl.where(is_live[:, None], total, 0.0)
-        store_activated(total, bias_ptr, out_ptr, rows, first_col, M, D_OUT, ACTIVATION)
+        store_activated(total, bias_ptr, factor_ptr, out_ptr, rows, first_col, M, D_OUT, ACTIVATION)
+
+
+# left alone, the assembler spills for a second program on a multiprocessor, that does not fit
+_GATED_REGISTERS = 255
 
 
 def linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, indices: Tensor | None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    indices: Tensor | None,
+    factor: Tensor | None = None,
 ) -> Tensor:
     """Launch ``_linear_kernel``."""
     D_out, D_in = weight.shape
@@ -107,19 +116,20 @@ def linear(
     else:
         indices = indices.contiguous()
     setting = _choose("linear", x, M, weight)
-    if setting.in_library and indices is None and _is_in_library(x, bias, activation):
+    has_epilogue = factor is None and _is_in_library(x, bias, activation)
+    if setting.in_library and indices is None and has_epilogue:
         return _multiply_in_library(x[0], weight, bias, activation).view(B, S, D_out)
     out = x.new_empty(B, S, D_out)
     num_tiles = setting.num_tiles(M, D_out)
     partials, counters = split_buffers(setting, num_tiles, x.device)
     _linear_kernel[num_tiles, setting.split_k](
-        x, indices, weight, bias, out, partials, counters,
+        x, indices, weight, bias, factor, out, partials, counters,
         M, x.shape[1], S, setting.split_k,
         # a stride that depends on S could make the compiler run again: packed rows need none
         0 if indices is None else x.stride(0), x.stride(1), weight.stride(0),
         D_IN=D_in, D_OUT=D_out, ACTIVATION=activation,
         **setting.constants(), num_warps=setting.num_warps, num_stages=setting.num_stages,
-        **early_start(device_of(x.device)),
+        maxnreg=None if factor is None else _GATED_REGISTERS, **early_start(device_of(x.device)),
     )  # fmt: skip
     return out
 
@@ -265,6 +275,8 @@ def compile_cases(device: Device) -> Iterator[CompileCase]:
                 continue
             for activation, gathers in linear_variants:
                 yield _linear_case(setting, dtype, activation, gathers)
+            if dtype != "fp16":
+                yield _linear_case(setting, dtype, "none", is_gated=True)
             for is_gated, residual in scatter_variants:
                 yield _linear_scatter_case(setting, dtype, is_gated, residual)
             if device.arch >= 90:
@@ -286,15 +298,24 @@ def _linear_case(
     activation: str,
     gathers: bool = False,
     starts_early: bool = False,
+    is_gated: bool = False,
 ) -> CompileCase:
     return _compile_case(
         _linear_kernel,
-        f"{activation} {dtype}" + " gather" * gathers + " early" * starts_early,
+        f"{activation} {dtype}"
+        + " gather" * gathers
+        + " gated" * is_gated
+        + " early" * starts_early,
         setting,
         dtype,
-        pointers={"out_ptr": dtype, "indices_ptr": "i32" if gathers else None},
+        pointers={
+            "out_ptr": dtype,
+            "factor_ptr": dtype if is_gated else None,
+            "indices_ptr": "i32" if gathers else None,
+        },
         strides=("stride_xb",),
         constexprs={"ACTIVATION": activation, "STARTS_EARLY": starts_early},
+        max_registers=_GATED_REGISTERS if is_gated else None,
     )
 
 
@@ -340,6 +361,7 @@ def _compile_case(
     pointers: dict[str, str | None],
     strides: tuple[str, ...],
     constexprs: dict[str, Any],
+    max_registers: int | None = None,
 ) -> CompileCase:
     is_split = setting.split_k > 1
     pointers = {
@@ -367,6 +389,7 @@ def _compile_case(
         aligned=frozenset({*present, *strides}),
         num_warps=setting.num_warps,
         num_stages=setting.num_stages,
+        max_registers=max_registers,
         is_gemm=dtype != "fp32",
     )
 

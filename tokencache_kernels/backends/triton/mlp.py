@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..reference import RowNorm
 from ._counters import zeroed_counters
 from ._device import INTERPRETED, round_to
 from ._gemm import (
@@ -122,7 +123,7 @@ def _mlp_kernel(
             D, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
         store_activated(
-            total, fc1_bias_ptr, hidden_ptr, rows, tile_n * BLOCK_N, M, D_HIDDEN, ACTIVATION
+            total, fc1_bias_ptr, None, hidden_ptr, rows, tile_n * BLOCK_N, M, D_HIDDEN, ACTIVATION
         )
         _signal(hidden_counters + tile_m)
 
@@ -154,16 +155,19 @@ def mlp_(
     cache: Tensor,
     hidden_states: Tensor,
     indices: Tensor,
-    shift: Tensor,
-    scale: Tensor,
+    shift: Tensor | None,
+    scale: Tensor | None,
     fc1_weight: Tensor,
     fc1_bias: Tensor | None,
     fc2_weight: Tensor,
     fc2_bias: Tensor | None,
     activation: str,
-    eps: float,
+    norm: RowNorm,
+    vector_index: Tensor | None = None,
+    gate_weight: Tensor | None = None,
+    gate_bias: Tensor | None = None,
 ) -> None:
-    """Launch ``_mlp_kernel``, or the kernels of the three steps."""
+    """Launch ``_mlp_kernel``, or the kernels of the three steps, which alone know all variants."""
     B, N, D = hidden_states.shape
     S = indices.shape[1]
     M, D_hidden = B * S, fc1_weight.shape[0]
@@ -173,9 +177,16 @@ def mlp_(
     heuristic = _heuristic(device, cache.itemsize, M, D, D_hidden)
     problem = {"M": M, "D": D, "H": D_hidden, "bits": 8 * cache.itemsize}
     setting = choose("mlp_", device, problem, heuristic)
-    if not setting.is_persistent:
-        rows = gather_modulate(hidden_states, indices, shift, scale, eps)
-        rows = linear(rows, fc1_weight, fc1_bias, activation, None)
+    is_plain_norm = norm.kind == "layer" and norm.weight is None and norm.bias is None
+    vectors = [one for one in (shift, scale) if one is not None and one.dim() == 2]
+    is_plain = is_plain_norm and len(vectors) == 2 and gate_weight is None
+    if not setting.is_persistent or not is_plain:
+        rows = gather_modulate(hidden_states, indices, shift, scale, norm, vector_index)
+        factor = None
+        if gate_weight is not None:
+            factor = linear(rows, gate_weight, gate_bias, activation, None)
+            activation = "none"
+        rows = linear(rows, fc1_weight, fc1_bias, activation, None, factor)
         linear_scatter_(cache, indices, rows, fc2_weight, fc2_bias, None, False)
         return
     num_blocks = ceil(M / setting.block_m)
@@ -187,8 +198,9 @@ def mlp_(
         fc1_weight, fc1_bias, fc2_weight, fc2_bias,
         cache.new_empty(M, D), cache.new_empty(M, D_hidden), cache,
         zeroed_counters(cache.device, 1 + 2 * num_blocks),
-        M, N, S, eps,
-        hidden_states.stride(0), hidden_states.stride(1), shift.stride(0), scale.stride(0),
+        M, N, S, norm.eps,
+        hidden_states.stride(0), hidden_states.stride(1),
+        vectors[0].stride(0), vectors[1].stride(0),
         cache.stride(0), cache.stride(1), fc1_weight.stride(0), fc2_weight.stride(0),
         D=D, D_HIDDEN=D_hidden, ACTIVATION=activation,
         BLOCK_D=block_d, ROWS=num_rows,
@@ -280,5 +292,5 @@ def tune_cases(device: Device) -> Iterator[TuneCase]:
             "mlp_",
             f"M={S} D={D} bf16",
             _persistent_settings(device, x.itemsize),
-            partial(mlp_, cache, x, indices, shift, scale, *weights, "gelu_tanh", 1e-6),
+            partial(mlp_, cache, x, indices, shift, scale, *weights, "gelu_tanh", RowNorm()),
         )

@@ -64,14 +64,27 @@ def _load_keys(keys_ptr, start, N, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _load_known(scores_ptr, start, N, BLOCK: tl.constexpr):
+    """Scores in float32, 0 for NaN and behind the last."""
+    token = start + tl.arange(0, BLOCK)
+    score = tl.load(scores_ptr + token, mask=token < N, other=0.0).to(tl.float32)
+    return tl.where(score == score, score, 0.0)
+
+
+@triton.jit
 def _measure_norm(scores_ptr, N, BLOCK: tl.constexpr):
-    """The L2 norm of the scores that are not NaN, at least 1e-12."""
+    """What scores are multiplied by, and then divided by: the L2 norm of those that are not NaN, at
+    least 1e-12; where its square may go beyond float32, both are smaller by a power of two.
+    """
+    largest = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, N, BLOCK):
+        largest = tl.maximum(largest, tl.abs(_load_known(scores_ptr, start, N, BLOCK)))
+    factor = tl.where(tl.max(largest, axis=0) > 2.0**50, 2.0**-80, 1.0)
     squares = tl.zeros([BLOCK], tl.float32)
     for start in range(0, N, BLOCK):
-        token = start + tl.arange(0, BLOCK)
-        score = tl.load(scores_ptr + token, mask=token < N, other=0.0).to(tl.float32)
-        squares += tl.where(score == score, score * score, 0.0)
-    return tl.maximum(tl.sqrt_rn(tl.sum(squares, axis=0)), 1e-12)
+        score = _load_known(scores_ptr, start, N, BLOCK) * factor
+        squares += score * score
+    return factor, tl.maximum(tl.sqrt_rn(tl.sum(squares, axis=0)), 1e-12)
 
 
 @triton.jit
@@ -149,7 +162,7 @@ def _select_tokens_kernel(
     scores_ptr += layer * stride_sl + batch * stride_sb
     staleness_ptr += row * N
     if NORMALIZE:
-        norm = _measure_norm(scores_ptr, N, CHUNK)
+        factor_before, norm = _measure_norm(scores_ptr, N, CHUNK)
 
     for step in range(num_steps):
         # until they are known, the place of the positions holds the keys
@@ -159,7 +172,7 @@ def _select_tokens_kernel(
             mask = token < N
             score = tl.load(scores_ptr + token, mask=mask, other=0.0).to(tl.float32)
             if NORMALIZE:
-                score = tl.div_rn(score, norm)
+                score = tl.div_rn(score * factor_before, norm)
             staleness = tl.load(staleness_ptr + token, mask=mask, other=0)
             score += staleness_weight * staleness.to(tl.float32)
             tl.store(keys_ptr + token, _to_key(score), mask=mask)

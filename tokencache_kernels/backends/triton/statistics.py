@@ -28,6 +28,10 @@ from ._heads import (
 from ._launch import INTERPRETER, CompileCase, Device, TuneCase, choose, device_of
 from ._tiles import TileSetting, whole_row_settings
 
+# rows that reach beyond are multiplied by a power of two before they are squared
+_SHRINK = tl.constexpr(2.0**-80)
+_LARGE, _SMALL = tl.constexpr(2.0**50), tl.constexpr(2.0**-20)
+
 
 @dataclass(frozen=True)
 class MapSetting:
@@ -267,6 +271,14 @@ def _describe_heads(query: Tensor, key: Tensor) -> dict[str, int]:
     return dict(zip(names, strides, strict=True)) | heads
 
 
+@triton.jit
+def _factor_of(x):
+    """A power of two for each row: by it squares neither overflow nor vanish."""
+    largest = tl.max(tl.abs(x), axis=1)
+    factor = tl.where(largest < _SMALL, 1.0 / _SHRINK, 1.0)
+    return tl.where(largest > _LARGE, _SHRINK, factor)
+
+
 @triton.jit(do_not_specialize=["B", "N"])
 def _head_norms_kernel(
     x_ptr, out_ptr,
@@ -284,7 +296,10 @@ def _head_norms_kernel(
     for head in range(H):
         ptrs = (x_rows + head * stride_xh * UNIT)[:, None] + cols[None, :]
         x = tl.load(ptrs, mask=mask, other=0.0).to(tl.float32)
-        total += tl.sqrt(tl.sum(x * x, axis=1))
+        # squares beyond float32: the row smaller by a power of two
+        is_large = tl.max(tl.abs(x), axis=1) > _LARGE
+        x *= tl.where(is_large, _SHRINK, 1.0)[:, None]
+        total += tl.sqrt(tl.sum(x * x, axis=1)) * tl.where(is_large, 1.0 / _SHRINK, 1.0)
     tl.store(out_ptr + row, total / H, mask=is_row)
 
 
@@ -322,6 +337,8 @@ def _token_change_kernel(
     new = tl.load(new_rows[:, None] + cols[None, :], mask=mask, other=0.0).to(tl.float32)
     old = tl.load(old_rows[:, None] + cols[None, :], mask=mask, other=0.0).to(tl.float32)
     if METRIC == "cosine":
+        new *= _factor_of(new)[:, None]
+        old *= _factor_of(old)[:, None]
         new_norm = tl.maximum(tl.sqrt(tl.sum(new * new, axis=1)), 1e-8)
         old_norm = tl.maximum(tl.sqrt(tl.sum(old * old, axis=1)), 1e-8)
         change = 1.0 - tl.sum(new * old, axis=1) / (new_norm * old_norm)

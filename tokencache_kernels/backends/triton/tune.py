@@ -30,6 +30,7 @@ from triton.testing import do_bench
 
 from ... import settings
 from ...version import __version__
+from ..reference import RowNorm
 from ._device import INTERPRETED
 from ._launch import (
     INTERPRETER,
@@ -117,7 +118,7 @@ def tune_cases(device: Device) -> Iterator[TuneCase]:
             for num_warps in (1, 2, 4, 8, 16)
             if 8 <= rows * whole_rows.block_d // (32 * num_warps) <= 32
         ]
-        modulation = (indices, shift, scale, 1e-6)
+        modulation = (indices, shift, scale, RowNorm())
         for kernel, candidates, launch in (
             ("gather_rows", piece_settings(), partial(gather_rows, x, indices)),
             ("scatter_rows_", piece_settings(), partial(scatter_rows_, out, indices, packed)),
@@ -126,7 +127,7 @@ def tune_cases(device: Device) -> Iterator[TuneCase]:
             (
                 "row_pass",
                 shares,
-                partial(row_pass, *update, indices, positions, shift, scale, 1e-6),
+                partial(row_pass, *update, indices, positions, shift, scale, RowNorm()),
             ),
         ):
             yield TuneCase(kernel, f"B={B} N={N} S={S} D={D} bf16", candidates, launch)
