@@ -351,3 +351,22 @@ def test_a_fused_weight_of_its_own_class_is_refused():
 
     with pytest.raises(ValueError, match=r"^project_qkv_: weight must be a plain tensor"):
         ops.project_qkv_(*others, HalvedWeight(weight))
+
+
+class Project(nn.Module):
+    def forward(self, keys, values, x, indices, weight):
+        return ops.project_qkv_(keys, values, x, indices, weight), keys + values
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+@pytest.mark.slow
+def test_lists_that_are_empty_stay_so_when_compiled_ahead_of_time(tmp_path, device):
+    inputs = tuple(value.to(device) for value in qkv_arguments(torch.float32))
+    copies = tuple(value.clone() for value in inputs)
+    with torch.no_grad():
+        program = torch.export.export(Project(), tuple(value.clone() for value in inputs))
+        path = torch._inductor.aoti_compile_and_package(program, package_path=f"{tmp_path}/p.pt2")
+
+        results = torch._inductor.aoti_load_package(path)(*inputs)
+
+        torch.testing.assert_close(tuple(results), Project()(*copies))

@@ -26,12 +26,17 @@ def define(schema: str, implementation: Callable[..., Any], fake: Callable[..., 
     name, arguments = schema.split(" -> ")[0].rstrip(")").split("(", 1)
     words = [argument.split() for argument in re.split(r",\s*", arguments)]
     written = {place: word[1] for place, word in enumerate(words) if "!)" in word[0]}
+    lists = [place for place, word in enumerate(words) if word[0].endswith("[]")]
     _LIBRARY.define(schema)
     run_exactly = without_autocast(implementation)
 
     @functools.wraps(implementation)
     def run_safely(*given: Any) -> Any:
-        return run_apart([_with_unit_stride(value) for value in given], given)
+        usable = [_with_unit_stride(value) for value in given]
+        for place in lists:
+            # a program compiled ahead of time gives None for a list that is empty
+            usable[place] = usable[place] or []
+        return run_apart(usable, given)
 
     def run_apart(usable: list[Any], given: Sequence[Any]) -> Any:
         for place, argument in written.items():
