@@ -41,9 +41,9 @@ FIRST_SEED = 9000
 
 OURS = (
     "fewer-25", "fewer-16", "fewer-12", "fewer-8", "fora-3", "taylor1-3", "toca-3", "toca1-3",
-    "duca-3", "tokencache", "l2c", "l2c-last", "even1-17", "even1-12", "carried2-25", "carried2-16",
-    "carried2-12", "carried2-8", "calibrated-24", "calibrated-16", "calibrated-12", "calibrated-11",
-    "calibrated-8", "calibrated-7",
+    "duca-3", "tokencache", "tokencache1", "l2c", "l2c1", "l2c-last", "even1-17", "even1-12",
+    "carried2-25", "carried2-16", "carried2-12", "carried2-8", "calibrated-24", "calibrated-16",
+    "calibrated-12", "calibrated-11", "calibrated-8", "calibrated-7",
 )  # fmt: skip
 PEERS = (
     *(f"taylorseer-{interval}-{order}" for order in (1, 2) for interval in (2, 3, 4, 6)),

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -122,6 +124,19 @@ def test_the_router_ends_in_a_full_step_by_name():
     ]
 
     assert actions[0] != actions[1] == {Action.FULL}
+
+
+def test_the_trained_policies_forecast_by_name_and_reuse_by_default():
+    methods = [parse_method(name, 50) for name in ("tokencache", "l2c", "tokencache1", "l2c2")]
+
+    assert [method.policy.forecast_order for method in methods] == [0, 0, 1, 2]
+    assert methods[3].flops_ratio == methods[1].flops_ratio
+
+
+@pytest.mark.parametrize("name", ["tokencache", "l2c"])
+def test_an_order_that_there_is_not_is_refused(name):
+    with pytest.raises(ValueError, match="forecast_order must be 0, 1 or 2, got 3"):
+        replace(parse_method(name, 50).policy, forecast_order=3)
 
 
 def test_a_method_that_carries_the_output_is_applied_and_taken_off_again():

@@ -30,7 +30,7 @@ POLICIES = (
     "fewer-35", "fewer-25", "fewer-17", "fewer-12", "fora-2", "fora-3", "fora-5",
     "taylor1-3", "taylor1-5", "taylor2-5", "random-3", "random-5", "toca-3", "toca-5",
     "toca1-3", "toca1-5", "duca-3", "duca-5", "tokencache-50", "tokencache", "tokencache-90",
-    "l2c", "l2c-90", "l2c-last", "uniform-40", "uniform-60", "uniform-80", "even1-17",
+    "l2c", "l2c-90", "l2c1", "tokencache1", "uniform-40", "uniform-60", "uniform-80", "even1-17",
     "carried2-25", "carried2-16", "calibrated-24", "calibrated-16", "calibrated-12", "calibrated-8",
 )  # fmt: skip
 # equal images are infinitely near; no cache is

@@ -21,6 +21,7 @@ from ..policies import (
     StepTable,
     ToCaConfig,
     TokenCacheConfig,
+    TwoPhaseSchedule,
     fora,
     load_predictor,
     load_router,
@@ -68,8 +69,8 @@ def parse_method(name: str, steps: int) -> Method:
     is the shipped step table with that number of full steps. ``even`` spreads as many evenly, up to
     the last step, and forecasts every sub-layer by that order; ``carried`` forecasts the model's
     output instead, and runs nothing in between. ``uniform`` skips that percentage of the sub-layers
-    in every second step, all of them in turn. A number right behind ``taylor`` or ``toca`` is the
-    order of the forecast of what is stale.
+    in every second step, all of them in turn. A number right behind another name is
+    the order of the forecast of what is stale.
 
     Raises:
         ValueError: there is no such method, and the message lists those there are; or what one was
@@ -194,6 +195,20 @@ def _l2c_last(total: int) -> _Built:
     return f"{title}, last full", replace(router, last_step_full=True)
 
 
+def _l2c_forecast(total: int, order: int) -> _Built:
+    title, router = _l2c(total)
+    assert isinstance(router, LearningToCacheConfig)
+    return f"{title} + forecast {order}", replace(router, forecast_order=order)
+
+
+def _tokencache_forecast(total: int, order: int) -> _Built:
+    """Every second step full, which tames the tail, paid for by more tokens cached in between."""
+    title, policy = _tokencache(total)
+    assert isinstance(policy, TokenCacheConfig)
+    policy = replace(policy, schedule=TwoPhaseSchedule(1, 1), cache_ratio=0.9, forecast_order=order)
+    return f"{title} + forecast {order}", policy
+
+
 def _even(total: int, order: int, full: int) -> _Built:
     policy = ToCaConfig(
         StepSchedule.even(full, total),
@@ -257,6 +272,8 @@ _METHODS: dict[str, Callable[..., _Built]] = {
     "calibrated-<full>": _calibrated,
     "even<order>-<full>": _even,
     "carried<order>-<full>": _carried,
+    "tokencache<order>": _tokencache_forecast,
+    "l2c<order>": _l2c_forecast,
     "l2c-last": _l2c_last,
     "tokencache[-<percent>]": _tokencache,
     "l2c[-<percent>]": _l2c,

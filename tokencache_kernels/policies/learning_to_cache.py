@@ -45,6 +45,7 @@ class LearningToCacheConfig:
         model: what the router was trained for, in words.
         name: how the policy is called in reports.
         last_step_full: whether the last step computes every sub-layer, too; False: as published.
+        forecast_order: 0 reuses what is skipped, as published; 1 or 2 forecasts it.
         fingerprint: of the logits.
 
     Source:
@@ -57,6 +58,7 @@ class LearningToCacheConfig:
     model: str = ""
     name: str = "learning-to-cache"
     last_step_full: bool = False
+    forecast_order: int = 0
     fingerprint: str = field(init=False)
 
     def __post_init__(self) -> None:
@@ -65,6 +67,8 @@ class LearningToCacheConfig:
             fail(name, "logits", "have shape (T, 2L)", tuple(logits.shape))
         if not logits.isfinite().all():
             fail(name, "logits", "be finite", "some that are not")
+        if self.forecast_order not in (0, 1, 2):
+            fail(name, "forecast_order", "be 0, 1 or 2", self.forecast_order)
         if not 0 < self.threshold < 1:
             fail(name, "threshold", "be in (0, 1)", self.threshold)
         own = logits.detach().to("cpu", torch.float32, copy=True).contiguous()
@@ -86,11 +90,6 @@ class LearningToCacheConfig:
     def selector(self) -> ScoreSelector:
         """No token is ever selected."""
         return ScoreSelector("none")
-
-    @property
-    def forecast_order(self) -> int:
-        """What is skipped is reused."""
-        return 0
 
     @cached_property
     def mask(self) -> tuple[tuple[bool, ...], ...]:
@@ -174,7 +173,7 @@ def save_router(router: LearningToCacheConfig, path: Path) -> None:
     """Write a router as safetensors; the file is there as a whole or not."""
     from safetensors.torch import save
 
-    names = ("threshold", "counts_down", "model", "name", "last_step_full")
+    names = ("threshold", "counts_down", "model", "name", "last_step_full", "forecast_order")
     facts = {name: getattr(router, name) for name in names}
     facts.update(num_layers=router.num_layers, num_inference_steps=router.num_inference_steps)
     path.parent.mkdir(parents=True, exist_ok=True)

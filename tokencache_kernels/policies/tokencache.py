@@ -154,6 +154,7 @@ class TokenCacheConfig:
         attention: what fresh queries attend to: all current tokens (``"kv_all"``), cached keys and
             values refreshed at the fresh tokens (``"kv_cache"``), or each other (``"sel_only"``).
         name: how the policy is called in reports.
+        forecast_order: 0 reuses what is not computed, as published; 1 or 2 forecasts it.
 
     Source:
         TokenCache (arXiv:2409.18523), with its second version's predictor and global ratio.
@@ -167,9 +168,12 @@ class TokenCacheConfig:
     tile: int = 16
     attention: AttentionVariant = "kv_all"
     name: str = "tokencache"
+    forecast_order: int = 0
 
     def __post_init__(self) -> None:
         name, predictor = type(self).__name__, self.predictor
+        if self.forecast_order not in (0, 1, 2):
+            fail(name, "forecast_order", "be 0, 1 or 2", self.forecast_order)
         if predictor.num_steps != self.num_inference_steps:
             wanted = f"be trained for {self.num_inference_steps} steps"
             fail(name, "predictor", wanted, f"one for {predictor.num_steps}")
@@ -197,11 +201,6 @@ class TokenCacheConfig:
     def selector(self) -> ScoreSelector:
         """The tokens with the highest scores of the predictor, and nothing else."""
         return ScoreSelector("predicted", normalize=False)
-
-    @property
-    def forecast_order(self) -> int:
-        """What is pruned is reused."""
-        return 0
 
     @cached_property
     def fresh_counts(self) -> tuple[tuple[int, ...], ...]:
