@@ -10,8 +10,8 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from diffusers.models.embeddings import apply_rotary_emb
 
-from tokencache_kernels.integrations.diffusers.flux import _query_key_value
 from tokencache_kernels.policies import Action, Site, Step
 
 from . import published
@@ -252,3 +252,22 @@ def _run_single_block(
     x = x + gate[:, None] * out
     num_text = encoder_hidden_states.shape[1]
     return x[:, :num_text], x[:, num_text:]
+
+
+def _query_key_value(attention, hidden_states, text, rotary):
+    """(B, N, H, E) each, normalised and rotated; the text's tokens come first."""
+
+    def heads(rows):
+        return rows.unflatten(-1, (-1, attention.head_dim))
+
+    query = attention.norm_q(heads(attention.to_q(hidden_states)))
+    key = attention.norm_k(heads(attention.to_k(hidden_states)))
+    value = heads(attention.to_v(hidden_states))
+    if text is not None:
+        text_query = attention.norm_added_q(heads(attention.add_q_proj(text)))
+        text_key = attention.norm_added_k(heads(attention.add_k_proj(text)))
+        query = torch.cat([text_query, query], dim=1)
+        key = torch.cat([text_key, key], dim=1)
+        value = torch.cat([heads(attention.add_v_proj(text)), value], dim=1)
+    query, key = (apply_rotary_emb(rows, rotary, sequence_dim=1) for rows in (query, key))
+    return query, key, value

@@ -12,8 +12,8 @@ import tokencache_kernels
 PACKAGE = Path(tokencache_kernels.__file__).parent
 # a layer may import those before it
 LAYERS = [
-    "version", "errors", "settings", "cache", "backends", "ops", "policies", "blocks",
-    "distributed", "integrations", "testing", "info", "plan", "demo", "cli", "__main__",
+    "version", "errors", "settings", "cache", "backends", "ops", "models", "policies", "blocks",
+    "integrations", "testing", "info", "plan", "demo", "cli", "__main__",
 ]  # fmt: skip
 FILES = sorted(PACKAGE.rglob("*.py"))
 

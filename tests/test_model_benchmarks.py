@@ -165,7 +165,7 @@ def test_graphs_that_are_not_replayed_are_not_timed(case, monkeypatch):
 
 def forget_and_list_calls(list_calls):
     def forget_first(call, *arguments):
-        reset_token_cache(call.transformer)
+        reset_token_cache(call.transformer, release_memory=True)
         return list_calls(call, *arguments)
 
     return forget_first

@@ -1,4 +1,6 @@
-"""Every exception that the package raises on purpose, besides Python's own."""
+"""Every exception that the package raises on purpose, besides Python's own; and its sentence."""
+
+from typing import NoReturn
 
 
 class TokenCacheError(Exception):
@@ -19,3 +21,8 @@ class CacheMissError(TokenCacheError, LookupError):
 
 class DivergedError(TokenCacheError, ArithmeticError):
     """A training step gave a loss or a gradient that is not finite; nothing was saved of it."""
+
+
+def fail(op: str, name: str, wanted: str, got: object) -> NoReturn:
+    """Raise ``<op>: <name> must <wanted>, got <got>``, the sentence for every bad argument."""
+    raise ValueError(f"{op}: {name} must {wanted}, got {got}")

@@ -4,10 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from tokencache_kernels.blocks import CrossAttentionLayer, Lane, ResidualStream, Runner
+from tokencache_kernels.blocks import CrossAttentionLayer, ResidualStream, Runner
 from tokencache_kernels.policies import (
     FactorRouter,
     IntervalSchedule,
+    LayerGroup,
     ScoreSelector,
     Site,
     ToCaConfig,
@@ -45,7 +46,7 @@ def begin(device):
     router = FactorRouter(0.25)
     policy = ToCaConfig(IntervalSchedule(3), router, ScoreSelector("attention_entropy"), 3)
     runner = Runner(policy)
-    lanes = [Lane((CROSS,), N), Lane((MLP,), N, selects_late=True, shares_scores=True)]
+    lanes = [LayerGroup((CROSS,), N), LayerGroup((MLP,), N, selects_late=True, shares_scores=True)]
     runner.begin_step(lanes, B, torch.device(device))
     runner.end_step()
     runner.begin_step(lanes, B, torch.device(device))
@@ -53,7 +54,7 @@ def begin(device):
 
 
 def scores_of(runner, site):
-    return runner._selection_of[site].tokens.scores[0]
+    return runner.token_state(site).scores[0]
 
 
 def expected(layer, x):

@@ -5,10 +5,11 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from tokencache_kernels.blocks import Lane, ResidualStream, Runner, run_sub_layer
+from tokencache_kernels.blocks import ResidualStream, Runner, run_sub_layer
 from tokencache_kernels.policies import (
     FactorRouter,
     IntervalSchedule,
+    LayerGroup,
     ScoreSelector,
     Site,
     ToCaConfig,
@@ -42,7 +43,7 @@ def run(policy, degree, gate):
     runner = Runner(policy, "reference")
     added = []
     for step in range(policy.num_inference_steps):
-        runner.begin_step([Lane((SITE,), N)], B, torch.device("cpu"))
+        runner.begin_step([LayerGroup((SITE,), N)], B, torch.device("cpu"))
         stream = ResidualStream(torch.zeros(B, N, D), "reference")
         run_sub_layer(stream, runner, Polynomial(step, degree, gate))
         added.append(stream.flush())

@@ -3,12 +3,13 @@
 import pytest
 import torch
 
-from tokencache_kernels.blocks import Lane, Runner
+from tokencache_kernels.blocks import Runner
 from tokencache_kernels.errors import CacheMissError, UnsupportedInputError
 from tokencache_kernels.policies import (
     Action,
     FactorRouter,
     IntervalSchedule,
+    LayerGroup,
     RandomSelector,
     ScoreSelector,
     Site,
@@ -23,7 +24,7 @@ CPU = torch.device("cpu")
 
 
 def lane(module, **options):
-    return Lane(tuple(Site("main", layer, module) for layer in range(L)), N, **options)
+    return LayerGroup(tuple(Site("main", layer, module) for layer in range(L)), N, **options)
 
 
 def toca(ratio=0.25, interval=3, weights=None, **selector):
@@ -61,7 +62,7 @@ def test_only_what_the_next_step_reuses_is_kept():
     always = Runner(toca(interval=1), "reference")
     begin(always, lane("mlp"))
     always.remember(site, x)
-    with pytest.raises(CacheMissError, match="got nothing"):
+    with pytest.raises(CacheMissError, match="no cached output"):
         always.features.load(site, like=x)
 
 
@@ -151,7 +152,7 @@ def test_a_run_that_changes_its_batch_is_refused():
     begin(runner, lane("mlp"))
     runner.end_step()
 
-    with pytest.raises(CacheMissError, match=r"a batch of 2 with 12 tokens .* got a batch of 3"):
+    with pytest.raises(CacheMissError, match=r"was a batch of 2 .* now a batch of 3"):
         runner.begin_step((lane("mlp"),), 3, CPU)
 
 
@@ -213,8 +214,8 @@ def test_a_prepared_step_that_is_finished_is_over():
     begin(other, lane("mlp"))
     other.end_step()
 
-    assert runner.step == other.step
+    assert runner.last_index == other.last_index
     assert runner.known == {"text"}
     begin(runner, lane("mlp"))
-    with pytest.raises(CacheMissError, match="got a batch of 3"):
+    with pytest.raises(CacheMissError, match="now a batch of 3"):
         runner.begin_step((lane("mlp"),), 3, CPU)

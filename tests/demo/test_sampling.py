@@ -18,7 +18,7 @@ def test_a_sample_alone_is_the_same_as_in_a_batch(model):
 
     assert batch.shape == (3, 1, 32, 32)
     assert not torch.equal(batch[0], batch[2])
-    torch.testing.assert_close(batch[1:2], alone, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(batch[1:2], alone, rtol=1e-3, atol=1e-3)
 
 
 def test_noise_belongs_to_its_seed():
@@ -40,7 +40,7 @@ def test_guidance_extrapolates_from_the_unconditional_prediction(model, guidance
         ]
         mixed = guidance * noise[0] + (1 - guidance) * noise[1]
         images = scheduler.step(mixed, timestep, images).prev_sample
-    torch.testing.assert_close(out, images, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(out, images, rtol=1e-3, atol=1e-3)
 
 
 def test_every_step_is_told(model):

@@ -57,7 +57,7 @@ def dit_inputs(call):
     return {
         "hidden_states": randn(2, 2, 16, 16, seed=call),
         "timestep": torch.tensor([900, 880]) - 7 * call,
-        "class_labels": torch.tensor([call % 10, 3]),
+        "class_labels": torch.tensor([call // STEPS % 10, 3]),
     }
 
 
@@ -282,7 +282,8 @@ def test_another_batch_and_another_dtype_are_captured_anew(name):
 
     counts = count_graph_steps(captured)
     assert counts.uncaptured == counts.captured
-    assert counts.replayed >= 4 * STEPS
+    # PixArt's text is projected once in a run: that step has a graph of its own
+    assert counts.replayed >= 4 * STEPS - 2
 
 
 class Scaled(torch.nn.Module):
@@ -338,7 +339,7 @@ def test_another_text_in_the_middle_of_a_run_is_seen():
     plain, captured = twins("pixart", constant("attention_entropy"))
 
     for step in range(4 * STEPS):
-        named = {**inputs("pixart", step), **text(step // 2 % 3)}
+        named = {**inputs("pixart", step % STEPS), **text(step // 2 % 3)}
         assert torch.equal(call(plain, named), call(captured, named))
 
     assert count_graph_steps(captured).replayed > STEPS
@@ -378,7 +379,7 @@ def test_outputs_have_the_type_that_is_asked_for():
     apply_token_cache(model, fora(3, 4), cuda_graphs=True)
 
     with torch.no_grad():
-        outs = [model(**inputs("dit", step)) for step in range(8)]
+        outs = [model(**inputs("dit", step % 4)) for step in range(12)]
 
     assert {type(out) for out in outs} == {wanted}
     assert count_graph_steps(model).replayed > 0
@@ -397,7 +398,6 @@ def changed(**changes):
             r"torch.float32 in all steps of a run, got a tensor of shape \(1, 2, 16, 16\)",
             id="batch",
         ),
-        pytest.param(changed(class_labels=None), "must be a tensor .* got None", id="none"),
         pytest.param(
             changed(cross_attention_kwargs={"scale": 0.5}),
             r"cross_attention_kwargs\['scale'\] must be none in all steps of a run, got 0.5",

@@ -29,7 +29,6 @@ from tokencache_kernels.integrations.diffusers.modulation import read_modulation
 from tokencache_kernels.policies import RandomSelector, random_tokens
 from tokencache_kernels.testing import (
     Tape,
-    assert_within_budget,
     randn,
     tiny_dit,
     tiny_flux,
@@ -160,10 +159,11 @@ def test_runs_are_as_exact_as_with_the_models_own_vectors(device, family, policy
         parameter.data.copy_(own)
 
     for prompt in (0, 3):
-        assert_within_budget(
-            run(precomputed, family, prompt),
-            exact=run(exact, exactly, prompt),
-            rounded=run(plain, family, prompt),
+        wanted, own = run(exact, exactly, prompt), run(plain, family, prompt)
+        # products of many rows are rounded otherwise than those of one
+        budget = 4 * (own - wanted).abs().max().item()
+        torch.testing.assert_close(
+            run(precomputed, family, prompt).double(), wanted, rtol=0, atol=budget
         )
 
 

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from tokencache_kernels.errors import UnsupportedInputError
 from tokencache_kernels.integrations.diffusers import apply_token_cache, remove_token_cache
+from tokencache_kernels.integrations.diffusers.interception import interceptor_of
 from tokencache_kernels.integrations.diffusers.predict import (
     make_content_predictor,
     make_table_predictor,
@@ -158,6 +159,7 @@ class AllFresh:
 
     def __init__(self, policy, module=None):
         self.forecast_order = 0
+        self.num_layers = self.predictor = None
         self.num_inference_steps, self.selector = STEPS, ScoreSelector("none")
         self.policy, self.module = policy, module
 
@@ -278,8 +280,7 @@ def test_the_cache_of_a_run_is_as_large_as_the_plan_says(variant):
     policy = policy_for(table(model), attention=variant)
     apply_token_cache(model, policy)
     run(model)
-    hook = model.transformer_blocks[0]._diffusers_hook.get_hook("tokencache_kernels")
-    runner = hook._contexts.get_state().runner
+    runner = interceptor_of(model).session.passes()[0][1].runner
     (selection,) = runner._selections
 
     shape = dit_shape(image_tokens=TOKENS, num_layers=LAYERS, hidden=24, heads=3, mlp=96)
@@ -306,9 +307,9 @@ def test_a_predictor_for_another_depth_is_refused_before_anything_is_hooked():
     predictor = make_table_predictor(deeper, STEPS)
     predictor.importance.fill_(0.5)
 
-    with pytest.raises(ValueError, match="config must be for 3 blocks, got one for 4"):
+    with pytest.raises(ValueError, match="policy must be for 3 blocks, got one for 4"):
         apply_token_cache(model, policy_for(predictor))
-    assert not hasattr(model.transformer_blocks[0], "_diffusers_hook")
+    assert interceptor_of(model.transformer_blocks[0]) is None
 
 
 def test_a_policy_without_a_predictor_cannot_go_by_predicted_scores():

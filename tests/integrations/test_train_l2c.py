@@ -262,7 +262,7 @@ def test_a_router_for_another_depth_is_refused_and_nothing_is_hooked(depth):
     model = tiny_dit()
     config = LearningToCacheConfig(CacheRouter(depth, STEPS).stack())
 
-    with pytest.raises(ValueError, match=f"config must be for 3 blocks, got one for {depth}"):
+    with pytest.raises(ValueError, match=f"policy must be for 3 blocks, got one for {depth}"):
         apply_token_cache(model, config)
 
     assert not any(hasattr(module, "_diffusers_hook") for module in model.modules())

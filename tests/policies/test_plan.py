@@ -234,10 +234,11 @@ def test_flux_keeps_what_the_plan_says_and_nothing_that_is_not_read(policy):
 
     model = tiny_flux()
     apply_token_cache(model, policy)
+    text, pooled = torch.randn(2, 5, 10), torch.randn(2, 6)
     for step in range(policy.num_inference_steps):
         model(
-            hidden_states=torch.randn(2, 6, 4), encoder_hidden_states=torch.randn(2, 5, 10),
-            pooled_projections=torch.randn(2, 6), timestep=torch.full((2,), 0.9 - 0.1 * step),
+            hidden_states=torch.randn(2, 6, 4), encoder_hidden_states=text,
+            pooled_projections=pooled, timestep=torch.full((2,), 0.9 - 0.1 * step),
             guidance=torch.ones(2), img_ids=torch.zeros(6, 3), txt_ids=torch.zeros(5, 3),
         )  # fmt: skip
     features = runner_of(model).features
@@ -287,8 +288,9 @@ def num_bytes(cache):
 
 
 def runner_of(model):
-    hook = model.transformer_blocks[0]._diffusers_hook.get_hook("tokencache_kernels")
-    return hook._contexts.get_state().runner
+    from tokencache_kernels.integrations.diffusers.interception import interceptor_of
+
+    return interceptor_of(model).session.passes()[0][1].runner
 
 
 @pytest.mark.parametrize(

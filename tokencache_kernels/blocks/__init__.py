@@ -2,7 +2,6 @@
 
 from .attention import SelfAttention
 from .cross_attention import CrossAttentionLayer
-from .flux import JointAttention, ParallelLayer, remember_joint_attention
 from .graphs import (
     Capture,
     CudaCapture,
@@ -13,8 +12,10 @@ from .graphs import (
     describe_arguments,
     refuse,
 )
+from .joint import JointAttention, remember_joint_attention, text_feature
 from .mlp import Mlp
-from .runner import Lane, Runner
+from .parallel import ParallelLayer
+from .runner import Runner
 from .stream import Modulation, ResidualStream
 from .sublayers import (
     MlpLayer,
@@ -32,7 +33,6 @@ __all__ = [
     "CudaCapture",
     "GraphCounts",
     "JointAttention",
-    "Lane",
     "Mlp",
     "MlpLayer",
     "Modulation",
@@ -52,4 +52,5 @@ __all__ = [
     "refuse",
     "remember_joint_attention",
     "run_sub_layer",
+    "text_feature",
 ]

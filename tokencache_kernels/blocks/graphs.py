@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._pytree import KeyPath, keystr, tree_flatten_with_path, tree_map, tree_unflatten
 
 from ..errors import TokenCacheError, UnsupportedInputError
-from .runner import FIRST_KIND, Runner
+from .runner import Runner
 
 _CONSTANTS = (bool, int, float, str, type(None))
 T = TypeVar("T")
@@ -157,14 +157,11 @@ class StepGraphs:
         Raises:
             UnsupportedInputError: the step cannot be captured; the message says why.
         """
-        kind = FIRST_KIND
-        # a first step tells the runner its lanes
-        if self._graphs:
-            runner.prepare_step()
-            kind = runner.kind
+        # without a step behind it, a runner does not know the sizes
+        kind = runner.prepare_step() if self._graphs else None
         if kind not in self._graphs:
             output = launch()
-            self._graphs[kind] = None
+            self._graphs[runner.kind] = None
             self._counts.uncaptured += 1
             return output
         graph = self._graphs[kind]

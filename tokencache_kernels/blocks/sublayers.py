@@ -91,7 +91,7 @@ class MlpLayer:
     """
 
     site: Site
-    gate: Tensor
+    gate: Tensor | None
     modulation: Modulation
     mlp: Mlp
     backend: str = "auto"
@@ -145,7 +145,7 @@ class SelfAttentionLayer:
     """
 
     site: Site
-    gate: Tensor
+    gate: Tensor | None
     modulation: Modulation
     module: Callable[[Tensor], Tensor]
     attention: SelfAttention

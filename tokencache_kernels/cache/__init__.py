@@ -1,6 +1,7 @@
 """What is remembered between steps; storage only."""
 
-from .features import NO_TREND, FeatureCache, Trend
+from .features import FeatureCache
 from .tokens import TokenState
+from .trend import NO_TREND, Trend
 
 __all__ = ["NO_TREND", "FeatureCache", "TokenState", "Trend"]

@@ -2,28 +2,12 @@
 
 import math
 from collections.abc import Hashable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..errors import CacheMissError
-
-
-class Trend(NamedTuple):
-    """What is known of how a site's features change, in the step under way.
-
-    Attributes:
-        known: the orders of differences, counting what the step itself stores.
-        distance: the steps since they were stored, or where the step stores, between the last two.
-    """
-
-    known: int = 0
-    distance: int = 0
-
-
-# nothing but the features themselves
-NO_TREND = Trend()
+from .trend import NO_TREND, Trend
 
 
 class FeatureCache:
@@ -79,13 +63,16 @@ class FeatureCache:
             CacheMissError: nothing that fits was stored.
         """
         if not self._buffers.get(site):
-            raise CacheMissError(f"load: {site} must be stored by a full step first, got nothing")
+            raise CacheMissError(
+                f"token cache: no cached output for {site}; a full step must run first"
+            )
         buffer = self._buffers[site][0]
         if like is not None and not _fits(buffer, like):
             raise CacheMissError(
-                f"load: {site} must fit {tuple(like.shape)} {like.dtype} on {like.device}, got "
-                f"{tuple(buffer.shape)} {buffer.dtype} on {buffer.device}; reset the cache before "
-                "sampling with another batch, size or dtype"
+                f"token cache: the cached output of {site} is {tuple(buffer.shape)} "
+                f"{buffer.dtype} on {buffer.device}, but the model now has {tuple(like.shape)} "
+                f"{like.dtype} on {like.device}; call reset_token_cache before sampling with "
+                "another batch, size or dtype"
             )
         return buffer
 
@@ -96,6 +83,10 @@ class FeatureCache:
             (difference, trend.distance**order / math.factorial(order))
             for order, difference in enumerate(known, start=1)
         ]
+
+    def count_bytes(self) -> int:
+        """The bytes of all buffers."""
+        return sum(buffer.nbytes for buffers in self._buffers.values() for buffer in buffers)
 
 
 def _fits(buffer: Tensor, value: Tensor) -> bool:

@@ -4,12 +4,12 @@ The sentence is always ``<op>: <argument> must <be what>, got <what it is>``.
 """
 
 from collections.abc import Sequence
-from typing import NoReturn
 
 import torch
 from torch import Tensor
 
 from .. import settings
+from ..errors import fail as fail
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 ACTIVATIONS = ("none", "gelu", "gelu_tanh", "silu")
@@ -187,8 +187,3 @@ def expect_no_transform(op: str, *tensors: Tensor | None) -> None:
             f"{op}: backend must be 'reference' under torch.func (grad, jvp, vmap) and for "
             f"forward-mode gradients, got {got}"
         )
-
-
-def fail(op: str, name: str, wanted: str, got: object) -> NoReturn:
-    """Raise the one sentence."""
-    raise ValueError(f"{op}: {name} must {wanted}, got {got}")

@@ -23,6 +23,7 @@ from .predictors import (
     save_predictor,
 )
 from .routers import FactorRouter, Router
+from .run_plan import LayerGroup, RunPlan
 from .schedules import AdaptiveSchedule, IntervalSchedule, LastStepFull, Schedule, StepSchedule
 from .selectors import RandomSelector, ScoreSelector, Selector
 from .shapes import (
@@ -60,6 +61,7 @@ __all__ = [
     "Hermite",
     "IntervalSchedule",
     "LastStepFull",
+    "LayerGroup",
     "LearningToCacheConfig",
     "Model",
     "ModelShape",
@@ -73,6 +75,7 @@ __all__ = [
     "RandomSelector",
     "Router",
     "RouterPreset",
+    "RunPlan",
     "Schedule",
     "ScoreSelector",
     "Selector",

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Literal, Protocol
 
-from ..ops._checks import fail
+from ..errors import fail
 
 if TYPE_CHECKING:
+    from .predictors import Predictor
     from .selectors import Selector
 
 
@@ -84,8 +85,16 @@ class Policy(Protocol):
     def forecast_order(self) -> int:
         """0: what is not recomputed is reused; 1 or 2: it is forecast; see ``FeatureCache``."""
 
+    @property
+    def num_layers(self) -> int | None:
+        """The depth of the model that the policy was trained for; None: any."""
+
+    @property
+    def predictor(self) -> "Predictor | None":
+        """The network that scores tokens, if the selector goes by predicted scores."""
+
     def decide(self, site: Site, step: Step, num_tokens: int) -> Decision:
-        """What happens at ``site`` in ``step``; ``num_tokens`` is the length of its sequence."""
+        """Decide the action at ``site`` in ``step``; its sequence has ``num_tokens``."""
 
 
 def list_remembered(

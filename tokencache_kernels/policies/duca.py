@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ..ops._checks import fail
+from ..errors import fail
 from .decisions import Action, Decision, Site, Step
 from .routers import FactorRouter
 from .selectors import ScoreSelector, Selector
@@ -67,6 +67,16 @@ class DuCaConfig:
     def forecast_order(self) -> int:
         """Of what partial steps do not recompute; aggressive steps forecast nothing."""
         return self.toca.forecast_order
+
+    @property
+    def num_layers(self) -> int | None:
+        """None: the policy fits any depth."""
+        return None
+
+    @property
+    def predictor(self) -> None:
+        """None: no network scores tokens."""
+        return None
 
     def decide(self, site: Site, step: Step, num_tokens: int) -> Decision:
         """What happens at ``site`` in ``step``; ``num_tokens`` is the length of its sequence."""

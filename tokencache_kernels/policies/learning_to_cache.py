@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ops._checks import fail
+from ..errors import fail
 from .decisions import Action, Decision, Site, Step
 from .selectors import ScoreSelector
 from .training import load_safetensors, replace_file
@@ -116,6 +116,11 @@ class LearningToCacheConfig:
         """The share of the sub-layers of the steps that are not full which is skipped."""
         total = len(self.cached_counters) * 2 * self.num_layers
         return 1 - sum(self.count_computed(module) for module in _MODULES) / max(total, 1)
+
+    @property
+    def predictor(self) -> None:
+        """None: no network scores tokens."""
+        return None
 
     def decide(self, site: Site, step: Step, num_tokens: int) -> Decision:
         """What happens at ``site`` in ``step``; ``num_tokens`` is the length of its sequence."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from ..ops._checks import fail
+from ..errors import fail
 from .shapes import ModelShape, dit_shape, flux_shape, opensora_shape, pixart_shape
 from .toca import PUBLISHED_LAYERS
 

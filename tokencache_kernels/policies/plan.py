@@ -1,11 +1,11 @@
-"""What a policy will do to a model, step by step, and what that costs; nothing is run."""
+"""The price of a run plan: FLOPs step by step, and bytes; nothing is run."""
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 
-from .decisions import Action, Decision, Policy, Site, Step, list_remembered
+from .decisions import Action, Decision, Policy, Site
+from .run_plan import LayerGroup, RunPlan
 from .shapes import ModelShape
-from .tokencache import TokenCacheConfig
 
 
 @dataclass(frozen=True)
@@ -44,15 +44,11 @@ class StepPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """A whole sampling run under a policy.
+    """A whole sampling run under a policy, with its price."""
 
-    ``is_predicted``: a predictor scores blocks, and one selection is for all modules of a block.
-    """
-
+    run: RunPlan
     steps: tuple[StepPlan, ...]
     dense_flops: int
-    is_predicted: bool = False
-    forecast_order: int = 0
 
     @property
     def flops(self) -> int:
@@ -70,38 +66,44 @@ class Plan:
         return tuple(index for index, step in enumerate(self.steps) if step.is_full)
 
     def actions(self, site: Site) -> list[Action]:
-        """What the site does in each step."""
-        return [step.decisions[site].action for step in self.steps]
+        """The action at the site in each step."""
+        return self.run.actions(site)
 
 
 def make_plan(policy: Policy, shape: ModelShape) -> Plan:
-    """Ask ``policy`` for every site and step of a model of this shape, and count."""
-    total = policy.num_inference_steps
-    steps = tuple(_plan_step(policy, shape, Step(index, total)) for index in range(total))
-    is_predicted = policy.selector.base_score == "predicted"
-    return Plan(steps, total * shape.dense_flops, is_predicted, policy.forecast_order)
+    """Plan a run of ``policy`` on a model of this shape, and count its FLOPs."""
+    run = RunPlan(policy, layer_groups(shape))
+    shapes = {(stack.stream, one.name): one for stack in shape.stacks for one in stack.modules}
+    steps = []
+    for index, decisions in enumerate(run.decisions):
+        flops = sum(
+            shapes[site.stream, site.module].flops(decision) for site, decision in decisions.items()
+        )
+        if policy.predictor is not None and run.selects(index):
+            flops += policy.predictor.flops
+        steps.append(StepPlan(decisions, shape.batch * flops))
+    return Plan(run, tuple(steps), run.total * shape.dense_flops)
 
 
-def _plan_step(policy: Policy, shape: ModelShape, step: Step) -> StepPlan:
-    decisions: dict[Site, Decision] = {}
-    flops = 0
-    for stack in shape.stacks:
-        for layer in range(stack.num_layers):
-            for module in stack.modules:
-                site = Site(stack.stream, layer, module.name)
-                decisions[site] = policy.decide(site, step, module.num_tokens)
-                flops += module.flops(decisions[site])
-    if isinstance(policy, TokenCacheConfig) and _has_partial(decisions.values()):
-        flops += policy.predictor.flops
-    return StepPlan(decisions, shape.batch * flops)
-
-
-def _has_partial(decisions: Iterable[Decision]) -> bool:
-    return any(decision.action is Action.PARTIAL for decision in decisions)
+def layer_groups(shape: ModelShape) -> tuple[LayerGroup, ...]:
+    """The cached modules of a model of this shape."""
+    return tuple(
+        LayerGroup(
+            tuple(Site(stack.stream, layer, module.name) for layer in range(stack.num_layers)),
+            module.num_tokens,
+            is_whole=module.is_whole,
+            # an MLP is selected by the scores of a module before it in its block
+            shares_scores=module.name == "mlp"
+            and not all(other.is_whole for other in stack.modules[:index]),
+            read_by=module.read_by,
+        )
+        for stack in shape.stacks
+        for index, module in enumerate(stack.modules)
+    )
 
 
 def cache_bytes(plan: Plan, shape: ModelShape, element_size: int) -> dict[str, int]:
-    """How many bytes the cache of a run takes for one batch, by what it holds.
+    """Count the bytes of a run's cache for one batch, by their use.
 
     ``features``: the output of every site that a later step reads, ``element_size`` bytes an
     element, and keys and values as large as that where fresh queries see cached ones; ``text``: the
@@ -113,39 +115,27 @@ def cache_bytes(plan: Plan, shape: ModelShape, element_size: int) -> dict[str, i
     last one's.
     """
     sizes = dict.fromkeys(("features", "staleness", "scores"), 0)
+    run = plan.run
     differences = text = 0
     token_bytes = shape.batch * shape.hidden * element_size
     for stack in shape.stacks:
-        is_selected = False
         for module in stack.modules:
-            sites = [Site(stack.stream, layer, module.name) for layer in range(stack.num_layers)]
-            runs = [[step.decisions[site] for step in plan.steps] for site in sites]
             buffer = module.num_tokens * token_bytes
-            for site, run in zip(sites, runs, strict=True):
-                reader, order = None, plan.forecast_order
-                if module.read_by is not None:
-                    reader, order = plan.actions(replace(site, module=module.read_by)), 0
-                times = len(list_remembered(plan.actions(site), order, reader))
-                tensors = 3 if module.name == "attn" and _sees_cached_keys(run) else 1
-                sizes["features"] += buffer * min(times, 1) * tensors
-                differences += buffer * min(max(times - 1, 0), order)
-                if module.name == "cross" and _has_partial(run):
+            for layer in range(stack.num_layers):
+                site = Site(stack.stream, layer, module.name)
+                stored = run.storage(site)
+                sizes["features"] += buffer * (stored.features + stored.keys)
+                differences += buffer * stored.differences
+                if module.name == "cross" and Action.PARTIAL in run.actions(site):
                     text += 2 * module.num_keys * token_bytes
-            if not any(map(_has_partial, runs)):
-                continue
-            selected = 4 * stack.num_layers * shape.batch * module.num_tokens
-            is_shared = is_selected and module.name == "mlp"
-            is_selected = True
-            sizes["scores"] += 0 if is_shared else selected
-            sizes["staleness"] += 0 if is_shared and plan.is_predicted else selected
+    for selection in run.selections:
+        rows = 4 * len(selection.group.sites) * shape.batch * selection.group.num_tokens
+        sizes["staleness"] += rows
+        sizes["scores"] += 0 if selection.shares_scores else rows
     if text:
         sizes["text"] = text
-    if plan.forecast_order:
+    if run.policy.forecast_order:
         sizes["differences"] = differences
-    if any(step.is_skipped for step in plan.steps):
+    if run.has_skips:
         sizes["output"] = shape.output_tokens * token_bytes
     return sizes
-
-
-def _sees_cached_keys(run: Iterable[Decision]) -> bool:
-    return any(one.action is Action.PARTIAL and one.attention == "kv_cache" for one in run)

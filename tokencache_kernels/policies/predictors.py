@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops._checks import fail
+from ..errors import fail
 from .training import load_safetensors, replace_file
 
 FORMAT = "tokencache_kernels predictor 1"

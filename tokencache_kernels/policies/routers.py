@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from ..ops._checks import fail
+from ..errors import fail
 from .decisions import Site, Step
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Protocol
 
-from ..ops._checks import fail
+from ..errors import fail
 from .decisions import Site, Step, round_float32
 
 # inside the dense window of the published DiT schedule, every second step is full

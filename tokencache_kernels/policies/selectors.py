@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..ops._checks import fail
+from ..errors import fail
 from .decisions import Site, Step
 
 BaseScore = Literal["attention_received", "attention_entropy", "value_norm", "predicted", "none"]
@@ -31,6 +31,21 @@ class Selector(Protocol):
     @property
     def base_score(self) -> BaseScore:
         """The statistic that a full step takes for the selector."""
+
+    @property
+    def is_timeless(self) -> bool:
+        """Whether its launches are the same in every step: they do not depend on ``step``."""
+
+    @property
+    def draws_on_host(self) -> bool:
+        """Whether scores are drawn on the host before a step, by ``draw_scores``."""
+
+    @property
+    def shares_guidance(self) -> bool:
+        """Whether both halves of a batch, conditional and not, get one selection."""
+
+    def draw_scores(self, sites: Sequence[Site], step: Step, staleness: Tensor) -> Tensor:
+        """Scores of the shape of ``staleness``; called only if ``draws_on_host``."""
 
     def select_(
         self,
@@ -130,6 +145,20 @@ class ScoreSelector:
             grid=self._grid(grid), tile=self.tile, bonus=self.bonus, backend=backend,
         )  # fmt: skip
 
+    @property
+    def is_timeless(self) -> bool:
+        """Whether the launches are the same in every step; a predictor's depend on the step."""
+        return self.base_score != "predicted"
+
+    @property
+    def draws_on_host(self) -> bool:
+        """False: scores come from the model or from a predictor."""
+        return False
+
+    def draw_scores(self, sites: Sequence[Site], step: Step, staleness: Tensor) -> Tensor:
+        """Never called; see ``draws_on_host``."""
+        raise NotImplementedError
+
     def _base(self, scores: Tensor | None, staleness: Tensor) -> Tensor:
         if self.base_score == "none":
             return torch.zeros_like(staleness, dtype=torch.float32)
@@ -170,6 +199,16 @@ class RandomSelector:
     def base_score(self) -> BaseScore:
         """No statistic is needed."""
         return "none"
+
+    @property
+    def is_timeless(self) -> bool:
+        """True: the lists are drawn before a step."""
+        return True
+
+    @property
+    def draws_on_host(self) -> bool:
+        """True; see ``draw_scores``."""
+        return True
 
     def select_(
         self,

@@ -30,6 +30,8 @@ class ModuleShape:
     flops_per_pair: int = 0
     # the module that its output goes into, where it is no branch of its own
     read_by: str | None = None
+    # whether it computes all tokens or none
+    is_whole: bool = False
 
     def flops(self, decision: Decision) -> int:
         """The FLOPs of one sample and layer under ``decision``."""
@@ -88,7 +90,7 @@ def dit_shape(
 ) -> ModelShape:
     """A DiT: self-attention and MLP."""
     modules = (
-        _self_attention(hidden, heads, image_tokens, image_tokens),
+        _self_attention(hidden, heads, image_tokens, image_tokens, is_whole=False),
         _mlp("mlp", hidden, mlp, image_tokens),
     )
     return ModelShape(
@@ -194,6 +196,7 @@ def _self_attention(
     num_keys: int,
     projects_output: bool = True,
     flops_always: int = 0,
+    is_whole: bool = True,
 ) -> ModuleShape:
     per_fresh = (4 if projects_output else 2) * hidden * hidden
     per_key = hidden + 4 * hidden * hidden
@@ -202,6 +205,7 @@ def _self_attention(
     return ModuleShape(
         "attn", num_tokens, flops_full, num_keys, per_fresh, flops_always=flops_always,
         flops_per_key=per_key, flops_per_pair=per_pair, read_by=None if projects_output else "mlp",
+        is_whole=is_whole,
     )  # fmt: skip
 
 

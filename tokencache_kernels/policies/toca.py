@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
-from ..ops._checks import fail
+from ..errors import fail
 from .decisions import Action, Decision, Site, Step, count_fresh
 from .routers import FactorRouter, Router
 from .schedules import AdaptiveSchedule, IntervalSchedule, LastStepFull, Schedule
@@ -121,6 +121,16 @@ class ToCaConfig:
             selector = ScoreSelector(staleness_weight=STALENESS_GAIN / refresh_interval)
         router = FactorRouter(fresh_ratio, module_weight={"attn": 0.0})
         return cls(schedule, router, selector, num_inference_steps, name)
+
+    @property
+    def num_layers(self) -> int | None:
+        """None: the policy fits any depth."""
+        return None
+
+    @property
+    def predictor(self) -> None:
+        """None: no network scores tokens."""
+        return None
 
     def decide(self, site: Site, step: Step, num_tokens: int) -> Decision:
         """What happens at ``site`` in ``step``; ``num_tokens`` is the length of its sequence."""

@@ -11,7 +11,7 @@ from functools import cached_property, lru_cache
 import torch
 from torch import Tensor
 
-from ..ops._checks import fail
+from ..errors import fail
 from .decisions import (
     ATTENTION_VARIANTS,
     Action,

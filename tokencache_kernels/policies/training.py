@@ -16,8 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import DivergedError
-from ..ops._checks import fail
+from ..errors import DivergedError, fail
 
 FORMAT = "tokencache_kernels training checkpoint 1"
 

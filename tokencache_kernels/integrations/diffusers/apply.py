@@ -1,46 +1,59 @@
-"""Attach a policy to a transformer through diffusers' own hook registry."""
+"""Put a token-caching policy on a transformer, take it off, and tell it about runs."""
 
+import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Literal
 
-from diffusers.hooks import HookRegistry
-from diffusers.hooks.hooks import CacheContext, _set_cache_context
 from torch import nn
 
 from ...blocks import CudaCapture
-from ...errors import UnsupportedInputError
-from ...ops._checks import fail
+from ...errors import UnsupportedInputError, fail
+from ...models import SPECS, ModelSpec
 from ...policies import Policy
-from . import dit, flux, pixart
-from .graphs import GRAPH_HOOK_NAME, attach_graphs, check_transformer
-from .hooks import HOOK_NAME, announce_hooks
+from . import compat
+from .answering import TransformerAnswer, install, uninstall
+from .binding import Binding, bind
+from .graphs import Graphs, check_transformer
+from .interception import class_of, intercept_root, interceptor_of
+from .session import Options, Session
 
-# the model classes supported, by name, and what attaches a policy to each
-_SUPPORTED = {
-    "DiTTransformer2DModel": dit,
-    "FluxTransformer2DModel": flux,
-    "PixArtTransformer2DModel": pixart,
-}
+_registered: dict[str, ModelSpec] = {}
 
 
 def apply_token_cache(
-    transformer: nn.Module, config: Policy, *, backend: str = "auto", cuda_graphs: bool = False
+    model: Any,
+    policy: Policy,
+    *,
+    spec: ModelSpec | None = None,
+    scheduler: Any = None,
+    steps: Literal["rescale", "exact"] = "rescale",
+    tier: Literal["auto", "as_is"] = "auto",
+    backend: str = "auto",
+    cuda_graphs: bool = False,
 ) -> None:
-    """Make a diffusers transformer follow a token-caching policy from its next call on.
+    """Make a diffusion transformer follow a token-caching policy from its next call on.
 
     Full steps run the model's own code, with our attention where a later step selects by the
-    attention that tokens receive; partial steps recompute the MLP (on PixArt also the
-    cross-attention, and on DiT the self-attention where the policy wants it) of the selected tokens
-    through ``tokencache_kernels.ops`` and reuse everything else. Steps are counted per cache
-    context (``token_cache_context``); after ``config.num_inference_steps`` calls a new run begins.
-    A deep copy of the transformer runs as the original, with its weights, until its own cache is
-    removed.
+    attention that tokens receive. In partial steps attention is reused (on DiT recomputed in part
+    if the policy wants it), and the MLPs, and cross-attentions, compute the selected tokens alone.
+
+    A run is told by what its calls say: the conditioning, a timestep that does not turn back, the
+    cache context (``token_cache_context``), the thread. With a scheduler, the index of a step and
+    the number of steps come from its table; otherwise steps are counted within the run.
 
     Args:
-        transformer: a ``DiTTransformer2DModel``, ``FluxTransformer2DModel`` or
-            ``PixArtTransformer2DModel``, in any float dtype, on any device.
-        config: a policy, such as ``ToCaConfig.preset("dit-xl-ddim50")``.
+        model: a transformer whose class is described in ``tokencache_kernels.models``, in any
+            float dtype, on any device; or a pipeline that has one, with its scheduler.
+        policy: a policy, such as ``ToCaConfig.preset("dit-xl-ddim50")``.
+        spec: the description of a model that is not described yet; see ``docs/models.md``.
+        scheduler: the pipeline's scheduler, whose ``timesteps`` are set when a run begins.
+        steps: whether the policy is rescaled to a sampler that takes another number of steps than
+            it was made for (``"rescale"``), or such a run is refused (``"exact"``). The number is
+            known only with a scheduler.
+        tier: ``"auto"`` composes blocks of fused sub-layers where they are described and plain, and
+            runs the model's own code around cached modules elsewhere; ``"as_is"`` always does the
+            latter.
         backend: the backend of all ops; see ``ops.gather_rows``.
         cuda_graphs: whether to capture each kind of step as a CUDA graph when it comes for the
             second time, and to replay it from then on, also in later runs: the same bits with
@@ -50,67 +63,177 @@ def apply_token_cache(
     Raises:
         UnsupportedInputError: the model or a part of it is not supported, or, also in a later call,
             cannot be captured; the message names it.
-        ValueError: the transformer already has a token cache, or the policy was trained for a
-            model of another depth.
+        ValueError: the transformer already has a token cache or another one, or the policy was
+            trained for a model of another depth.
 
     Source:
         ToCa (arXiv:2410.05317).
     """
-    adapter = _SUPPORTED.get(type(transformer).__name__)
-    if adapter is None:
-        raise UnsupportedInputError(
-            f"apply_token_cache: transformer must be one of {', '.join(_SUPPORTED)}, got "
-            f"{type(transformer).__name__}"
-        )
-    if _is_applied(transformer):
+    if not isinstance(model, nn.Module):
+        _apply_to_pipeline(
+            model, policy, spec=spec, scheduler=scheduler, steps=steps, tier=tier, backend=backend,
+            cuda_graphs=cuda_graphs,
+        )  # fmt: skip
+        return
+    binding = bind(_find_spec(model, spec), model)
+    if interceptor_of(model) is not None:
         raise ValueError(
             "apply_token_cache: transformer must not have a token cache yet, got one that has; "
             "call remove_token_cache first"
         )
-    blocks: Any = transformer.transformer_blocks
-    # only what was trained has a depth
-    depth = getattr(config, "num_layers", len(blocks))
-    if depth != len(blocks):
-        fail("apply_token_cache", "config", f"be for {len(blocks)} blocks", f"one for {depth}")
+    other = compat.find_other_cache(model)
+    if other is not None:
+        fail("apply_token_cache", "transformer", "have no other cache", other)
+    compat.refuse_shards(model)
+    _check_policy(policy, binding)
     capture = CudaCapture() if cuda_graphs else None
     if capture is not None:
-        check_transformer(transformer)
-    contexts = adapter.attach(transformer, config, backend)
+        check_transformer(model)
+    session = Session(model, binding, policy, Options(backend, tier, steps), scheduler)
     if capture is not None:
-        predictor = getattr(config, "predictor", None)
-        models = [transformer] if predictor is None else [transformer, predictor]
-        attach_graphs(transformer, contexts, models, capture)
-    announce_hooks(transformer)
+        models = [model] if policy.predictor is None else [model, policy.predictor]
+        session.graphs = Graphs(models, capture)
+    install(model, session)
+    intercept_root(model, TransformerAnswer(session))
 
 
-def remove_token_cache(transformer: nn.Module) -> None:
+def _apply_to_pipeline(pipeline: Any, policy: Policy, *, scheduler: Any, **options: Any) -> None:
+    """Apply to every transformer of a pipeline; its scheduler is looked up in each run."""
+    names = [name for name in ("transformer", "transformer_2", "unet") if _has(pipeline, name)]
+    if not names:
+        fail(
+            "apply_token_cache",
+            "model",
+            "be a transformer or a pipeline with one",
+            type(pipeline).__name__,
+        )
+    if scheduler is None and hasattr(pipeline, "scheduler"):
+        reference = weakref.ref(pipeline)
+        scheduler = _SchedulerOf(reference)
+    for name in names:
+        apply_token_cache(getattr(pipeline, name), policy, scheduler=scheduler, **options)
+
+
+class _SchedulerOf:
+    """The scheduler that a pipeline has at the moment."""
+
+    def __init__(self, pipeline: Any) -> None:
+        self._pipeline = pipeline
+
+    def __call__(self) -> Any:
+        return getattr(self._pipeline(), "scheduler", None)
+
+    def __reduce__(self) -> Any:
+        return _no_scheduler, ()
+
+
+def _no_scheduler() -> None:
+    return None
+
+
+def _has(pipeline: Any, name: str) -> bool:
+    return isinstance(getattr(pipeline, name, None), nn.Module)
+
+
+def register_model(spec: ModelSpec) -> None:
+    """Describe a model class to ``apply_token_cache``, also one that is described already."""
+    _registered[spec.transformer] = spec
+
+
+def _find_spec(transformer: nn.Module, spec: ModelSpec | None) -> ModelSpec:
+    if spec is not None:
+        return spec
+    name = class_of(transformer).__name__
+    found = _registered.get(name) or SPECS.get(name)
+    if found is None:
+        raise UnsupportedInputError(
+            f"apply_token_cache: transformer must be one of {', '.join({**SPECS, **_registered})}, "
+            f"or be described by spec=ModelSpec(...), got {name}"
+        )
+    return found
+
+
+def _check_policy(policy: Policy, binding: Binding) -> None:
+    """Refuse a policy that was trained for another model, or whose scores the model cannot give."""
+    depth = max(binding.depth(stack) for stack in binding.spec.stacks)
+    if policy.num_layers is not None and policy.num_layers != depth:
+        fail(
+            "apply_token_cache", "policy", f"be for {depth} blocks", f"one for {policy.num_layers}"
+        )
+    known = ["attention_received", "value_norm", "none"]
+    if binding.has_cross_attention:
+        known.insert(0, "attention_entropy")
+    if policy.predictor is not None:
+        known = ["predicted"]
+    base_score = policy.selector.base_score
+    if base_score not in known:
+        has = "with" if binding.has_cross_attention else "without"
+        raise UnsupportedInputError(
+            f"apply_token_cache: the selector's base_score must be one of {', '.join(known)} on a "
+            f"model {has} cross-attention, got {base_score!r}"
+        )
+
+
+def remove_token_cache(transformer: Any) -> None:
     """Take the policy off again and free its caches; without one this does nothing."""
-    for name in (GRAPH_HOOK_NAME, HOOK_NAME):
-        HookRegistry.check_if_exists_or_initialize(transformer).remove_hook(name)
+    for module in _transformers(transformer):
+        uninstall(module)
 
 
-def reset_token_cache(transformer: nn.Module) -> None:
-    """Forget all features and captured steps and begin a new run, in every cache context.
+def reset_token_cache(transformer: Any, *, release_memory: bool = False) -> None:
+    """End all runs: the next call begins a new one, in every cache context and thread.
 
-    Needed only after a run that was broken off: a run that reaches its last step ends by itself.
+    Needed only where a run cannot be told from the one before: with the same conditioning, and a
+    timestep that goes on.
+
+    Args:
+        transformer: one with a token cache, or its pipeline.
+        release_memory: whether to free all buffers and captured graphs, too.
     """
-    HookRegistry.check_if_exists_or_initialize(transformer).reset_stateful_hooks(recurse=True)
+    for module in _transformers(transformer):
+        compat.reset_hooks(module)
+        interceptor = interceptor_of(module)
+        if interceptor is None:
+            continue
+        interceptor.session.forget_runs()
+        if release_memory:
+            interceptor.session.release_memory()
+
+
+def _transformers(model: Any) -> list[nn.Module]:
+    if isinstance(model, nn.Module):
+        return [model]
+    names = ("transformer", "transformer_2", "unet")
+    return [getattr(model, name) for name in names if _has(model, name)]
 
 
 @contextmanager
-def token_cache_context(transformer: nn.Module, name: str) -> Iterator[None]:
-    """Name the caller of the forward passes inside, such as ``"cond"`` or ``"uncond"``.
+def token_cache_context(
+    transformer: nn.Module,
+    name: str,
+    *,
+    step_index: int | None = None,
+    num_inference_steps: int | None = None,
+) -> Iterator[None]:
+    """Name the caller of the calls inside, such as ``"cond"`` or ``"uncond"``.
 
-    Each name has its own caches and its own count of steps. Where the model has diffusers'
+    Each name has its own caches and its own run in each thread. Where the model has diffusers'
     ``cache_context``, that does the same.
+
+    Args:
+        transformer: with a token cache or without.
+        name: of the caller.
+        step_index: the place of the calls in their run, if the caller knows it: then no timestep is
+            read.
+        num_inference_steps: the number of steps of the run; None: as the policy has.
     """
-    _set_cache_context(transformer, CacheContext(name))
-    try:
-        yield
-    finally:
-        _set_cache_context(transformer, None)
-
-
-def _is_applied(transformer: nn.Module) -> bool:
-    registries = (getattr(module, "_diffusers_hook", None) for module in transformer.modules())
-    return any(HOOK_NAME in registry.hooks for registry in registries if registry is not None)
+    place = {"step_index": step_index, "num_inference_steps": num_inference_steps}
+    interceptor = interceptor_of(transformer)
+    context: AbstractContextManager[None]
+    with compat.cache_context(transformer, name):
+        if interceptor is None:
+            yield
+            return
+        context = interceptor.context(name, **place)
+        with context:
+            yield

@@ -1,13 +1,12 @@
 """Capture the calls of a transformer as CUDA graphs, by kind of step, and replay them."""
 
-import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
-from diffusers.hooks import HookRegistry
 from torch import Tensor, nn
 
 from ...blocks import (
@@ -18,10 +17,11 @@ from ...blocks import (
     describe_arguments,
     refuse,
 )
-from ...ops._checks import fail
-from .hooks import HOOK_NAME, Contexts, StatefulHook
+from ...errors import fail
+from . import compat
+from .interception import Original, interceptor_of
+from .session import Call, Pass
 
-GRAPH_HOOK_NAME = f"{HOOK_NAME}_graphs"
 _CONSTANTS = frozenset({bool, int, float, str, type(None)})
 
 
@@ -56,7 +56,7 @@ class ModelState:
 
 @dataclass(frozen=True)
 class _Captured:
-    """The graphs of one cache context, and what they take for granted."""
+    """The graphs of one pass, and what they take for granted."""
 
     steps: StepGraphs
     inputs: StaticInputs
@@ -64,40 +64,37 @@ class _Captured:
     models: ModelState
 
 
-class GraphHook(StatefulHook):
-    """Runs a transformer's call, or replays one of its kind.
+class Graphs:
+    """Runs a transformer's calls, or replays steps of their kind.
 
     Attributes:
         counts: of the calls since the policy was applied.
     """
 
-    def __init__(self, contexts: Contexts, models: Sequence[nn.Module], capture: Capture) -> None:
-        super().__init__(contexts)
+    def __init__(self, models: Sequence[nn.Module], capture: Capture) -> None:
         self.counts = GraphCounts()
         self._models = models
-        self._signature = inspect.signature(type(models[0]).forward)
         self._capture = capture
-        self._captured: dict[str, _Captured] = {}
+        self._captured: WeakKeyDictionary[Pass, _Captured] = WeakKeyDictionary()
 
-    def reset_state(self, module: nn.Module) -> nn.Module:
-        """Forget every context, and its graphs."""
+    def clear(self) -> None:
+        """Forget all graphs."""
         self._captured.clear()
-        return super().reset_state(module)
 
-    def new_forward(self, transformer: Any, *arguments: Any, **named: Any) -> Any:
-        """The transformer's output, with the same bits as without graphs."""
+    def run(self, transformer: Any, call: Call, original: Original, given: dict[str, Any]) -> Any:
+        """Return the transformer's output, with the same bits as without graphs."""
         device = next(transformer.parameters()).device
         self._check_call(device)
-        given = self._signature.bind(transformer, *arguments, **named).arguments
-        del given["self"]
         described = describe_arguments(given, device)
-        if self.state.runner.step.index == 0:
-            captured = self._begin_run(device, given, described)
+        run = call.run
+        if run.runner.begins:
+            captured = self._begin_run(transformer, run, device, given, described)
         else:
-            captured = self._go_on(described)
+            captured = self._go_on(run, described)
         filled = captured.inputs.fill_(given)
-        launch = partial(self.fn_ref.original_forward, **filled)
-        return captured.steps.run(self.state.runner, launch)
+        output = captured.steps.run(run.runner, partial(original, **filled))
+        call.is_ended = True
+        return output
 
     def _check_call(self, device: torch.device) -> None:
         """Refuse what no call can be captured under."""
@@ -110,16 +107,20 @@ class GraphHook(StatefulHook):
             refuse("a call", "be without autocast", "one that casts weights by itself")
 
     def _begin_run(
-        self, device: torch.device, given: Mapping[str, Any], described: Mapping[str, str]
+        self,
+        transformer: nn.Module,
+        run: Pass,
+        device: torch.device,
+        given: Mapping[str, Any],
+        described: Mapping[str, str],
     ) -> _Captured:
         """Keep the graphs if nothing that they take for granted has changed since the last run."""
-        transformer, *others = self._models
         check_transformer(transformer)
+        others = self._models[1:]
         for model in others:
             model.to(device)
-        name = self._contexts.context.name
-        models = ModelState(self._models)
-        captured = self._captured.get(name)
+        models = ModelState([transformer, *others])
+        captured = self._captured.get(run)
         if (
             captured is None
             or captured.arguments != described
@@ -127,12 +128,12 @@ class GraphHook(StatefulHook):
         ):
             steps = StepGraphs(self._capture, device, self.counts)
             captured = _Captured(steps, StaticInputs(given), described, models)
-            self._captured[name] = captured
+            self._captured[run] = captured
         return captured
 
-    def _go_on(self, described: Mapping[str, str]) -> _Captured:
+    def _go_on(self, run: Pass, described: Mapping[str, str]) -> _Captured:
         """Refuse changes in the middle of a run."""
-        captured = self._captured[self._contexts.context.name]
+        captured = self._captured[run]
         for name in {**captured.arguments, **described}:
             began, now = (of.get(name, "none") for of in (captured.arguments, described))
             if now != began:
@@ -149,43 +150,27 @@ def check_transformer(transformer: nn.Module) -> None:
         where = f"on {name or 'the transformer itself'}"
         if module.training:
             refuse("transformer", "be in evaluation mode", f"training mode {where}")
-        if hasattr(module, "_hf_hook"):
-            got = f"{type(module._hf_hook).__name__} {where}"
+        hook = compat.accelerate_hook_of(module)
+        if hook is not None:
+            got = f"{type(hook).__name__} {where}"
             refuse("transformer", "keep its weights in place, with no hook that moves them", got)
-        registry = getattr(module, "_diffusers_hook", None)
-        for hook in registry.hooks if registry is not None else ():
-            if not hook.startswith(HOOK_NAME):
-                refuse("transformer", "have no hook that is not ours", f"{hook} {where}")
-        if module._compiled_call_impl is not None:
+        for foreign in compat.hooks_of(module):
+            if foreign != compat.MODULATION_HOOK:
+                refuse("transformer", "have no hook that is not ours", f"{foreign} {where}")
+        if compat.is_compiled(module):
             refuse("transformer", "not be compiled", f"torch.compile {where}")
 
 
-def attach_graphs(
-    transformer: nn.Module, contexts: Contexts, models: Sequence[nn.Module], capture: Capture
-) -> None:
-    """Hook the transformer, inside of what we hooked it with before.
-
-    What that does for each call, such as counting the tokens of a mask, needs the host.
-    """
-    registry = HookRegistry.check_if_exists_or_initialize(transformer)
-    outer = registry.get_hook(HOOK_NAME)
-    registry.remove_hook(HOOK_NAME, recurse=False)
-    registry.register_hook(GraphHook(contexts, models, capture), GRAPH_HOOK_NAME)
-    if outer is not None:
-        registry.register_hook(outer, HOOK_NAME)
-
-
 def count_graph_steps(transformer: nn.Module) -> GraphCounts:
-    """How the calls of a transformer ran since ``apply_token_cache(..., cuda_graphs=True)``.
+    """Count the calls of a transformer since ``apply_token_cache(..., cuda_graphs=True)``.
 
     The difference over one call says whether that one was replayed.
     """
-    registry = HookRegistry.check_if_exists_or_initialize(transformer)
-    hook = registry.get_hook(GRAPH_HOOK_NAME)
-    if hook is None:
+    interceptor = interceptor_of(transformer)
+    if interceptor is None or interceptor.session.graphs is None:
         wanted = "have a token cache with cuda_graphs=True"
         fail("count_graph_steps", "transformer", wanted, "one without")
-    counts: GraphCounts = replace(hook.counts)
+    counts: GraphCounts = replace(interceptor.session.graphs.counts)
     return counts
 
 

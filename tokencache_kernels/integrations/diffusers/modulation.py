@@ -12,22 +12,46 @@ from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
-from diffusers.hooks import HookRegistry
-from diffusers.hooks.hooks import BaseState
+from diffusers.hooks import HookRegistry, ModelHook
+from diffusers.hooks.hooks import BaseState, CacheContext, StateManager
 from torch import Tensor, nn
 
 from ...cache import FeatureCache
-from ...errors import UnsupportedInputError
-from ...ops._checks import fail
-from .hooks import Contexts, StatefulHook, announce_hooks, register
+from ...errors import UnsupportedInputError, fail
+from . import compat
+from .interception import class_of, interceptor_of
 
 logger = logging.getLogger(__name__)
 
-_HOOK_NAME = "tokencache_kernels_modulation"
+_HOOK_NAME = compat.MODULATION_HOOK
 # a division by 1000 may round otherwise on another device, and sigmas are timesteps before it
 _SLACK = 4 * torch.finfo(torch.float32).eps
 # how many vectors a norm makes of the embedding, by class
 _NUM_VECTORS = {"AdaLayerNormZero": 6, "AdaLayerNormZeroSingle": 3, "AdaLayerNormContinuous": 2}
+
+
+class Contexts(StateManager):  # type: ignore[misc]
+    """States by cache context; a call outside any context belongs to one called ``default``."""
+
+    @property
+    def context(self) -> CacheContext:
+        """The context of the current call."""
+        return self._context or CacheContext("default")
+
+
+class StatefulHook(ModelHook):  # type: ignore[misc]
+    """A hook that works on the state of the current cache context."""
+
+    _is_stateful = True
+
+    def __init__(self, contexts: Contexts) -> None:
+        super().__init__()
+        self._contexts = contexts
+
+    def reset_state(self, module: nn.Module) -> nn.Module:
+        """Forget every context."""
+        self._contexts.reset()
+        return module
 
 
 class _Model:
@@ -329,7 +353,7 @@ def precompute_modulation(transformer: nn.Module, scheduler: Any) -> None:
         ValueError: the transformer has precomputed modulation already, or what is given as the
             scheduler has no timesteps.
     """
-    name = type(transformer).__name__
+    name = class_of(transformer).__name__
     if name not in _SUPPORTED:
         raise UnsupportedInputError(
             f"precompute_modulation: transformer must be one of {', '.join(_SUPPORTED)}, got {name}"
@@ -346,20 +370,32 @@ def precompute_modulation(transformer: nn.Module, scheduler: Any) -> None:
     columns = [slice(*ends) for ends in pairwise(accumulate(counts, initial=0))]
     contexts = Contexts(_ModulationState, (model, columns, scheduler))
     call_hooks = _CallHooks(contexts, model.conditioning, transformer)
-    register(model.embedder, _EmbedderHook(contexts, columns[0], call_hooks), _HOOK_NAME)
+    _register(model.embedder, _EmbedderHook(contexts, columns[0], call_hooks))
     for norm, of_norm in zip(model.norms, columns[1:], strict=True):
-        register(norm, _NormHook(contexts, of_norm), _HOOK_NAME)
-    announce_hooks(transformer)
+        _register(norm, _NormHook(contexts, of_norm))
+    # diffusers lists the hooked parts when a context is first entered, and keeps the list
+    HookRegistry.check_if_exists_or_initialize(transformer).invalidate_child_registries_cache()
     # a captured step would go on computing its own
-    HookRegistry.check_if_exists_or_initialize(transformer).reset_stateful_hooks()
+    _begin_anew(transformer)
 
 
 def remove_precomputed_modulation(transformer: nn.Module) -> None:
     """Let each step compute its own vectors again, and free all others; runs begin anew."""
     registry = HookRegistry.check_if_exists_or_initialize(transformer)
     # a captured step would go on reading
-    registry.reset_stateful_hooks()
+    _begin_anew(transformer)
     registry.remove_hook(_HOOK_NAME)
+
+
+def _begin_anew(transformer: nn.Module) -> None:
+    HookRegistry.check_if_exists_or_initialize(transformer).reset_stateful_hooks()
+    interceptor = interceptor_of(transformer)
+    if interceptor is not None:
+        interceptor.session.release_memory()
+
+
+def _register(module: nn.Module, hook: ModelHook) -> None:
+    HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, _HOOK_NAME)
 
 
 def read_modulation(norm: nn.Module) -> tuple[Tensor, ...] | None:
@@ -413,5 +449,4 @@ def _are_same(tensors: tuple[Tensor, ...], others: tuple[Tensor, ...]) -> bool:
 
 
 def _hook_of(module: nn.Module) -> Any:
-    registry = getattr(module, "_diffusers_hook", None)
-    return None if registry is None else registry.hooks.get(_HOOK_NAME)
+    return compat.hooks_of(module).get(_HOOK_NAME)

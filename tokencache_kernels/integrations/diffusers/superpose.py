@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ... import ops
-from ...errors import CacheMissError, UnsupportedInputError
-from ...ops._checks import fail
+from ...errors import CacheMissError, UnsupportedInputError, fail
 from ...policies import Site
 
 # takes the generator of the run; gives clean latents (B, C, H, W) and class labels (B,)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...ops._checks import fail
+from ...errors import fail
 from ...policies import CacheRouter, LearningToCacheConfig
 from ...policies.training import TrainingSettings, train_module
 from .superpose import (

@@ -1,57 +1,13 @@
-"""FLUX: attention of two streams at once, and blocks whose attention and MLP stand side by side."""
+"""Blocks whose attention and MLP stand side by side, with one projection of both."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from .. import ops
-from ..policies import Action, Site
-from .runner import Runner
+from ..policies import Site
 from .stream import Modulation, ResidualStream
-from .sublayers import add_forecast
-
-
-@dataclass(frozen=True)
-class JointAttention:
-    """Self-attention over image and text together, each with its own norm, projections and gate.
-
-    Attributes:
-        site: decides for both; their outputs, each after its projection, are two features.
-        gates: (B, D) of image and text.
-        modulations: likewise.
-        module: the normalised image and text to the outputs of both.
-    """
-
-    site: Site
-    gates: tuple[Tensor, Tensor]
-    modulations: tuple[Modulation, Modulation]
-    module: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-
-    def run(self, image: ResidualStream, text: ResidualStream, runner: Runner) -> None:
-        """Compute all tokens or reuse all; the outputs become branches of the two streams."""
-        if runner.action(self.site) is Action.FULL:
-            of_image, of_text = self.modulations
-            outputs = self.module(image.modulate(of_image), text.modulate(of_text))
-            remember_joint_attention(runner, self.site, *outputs)
-            for stream, output, gate in zip((image, text), outputs, self.gates, strict=True):
-                stream.add(output, gate)
-            return
-        features = self.site, _text_feature(self.site)
-        for stream, feature, gate in zip((image, text), features, self.gates, strict=True):
-            stream.add(runner.features.load(feature, like=stream.hidden_states), gate)
-            add_forecast(stream, runner, self.site, gate, feature)
-
-
-def remember_joint_attention(runner: Runner, site: Site, image: Tensor, text: Tensor) -> None:
-    """Store the two outputs of a full computation, if the next step will reuse them."""
-    runner.remember(site, image)
-    runner.remember(site, text, _text_feature(site))
-
-
-def _text_feature(site: Site) -> Site:
-    """Where the text's attention output is cached; policies decide for image and text at once."""
-    return replace(site, module=f"text_{site.module}")
 
 
 @dataclass(frozen=True)
@@ -72,7 +28,7 @@ class ParallelLayer:
     """
 
     site: Site
-    gate: Tensor
+    gate: Tensor | None
     modulation: Modulation
     attend: Callable[[], Tensor]
     module: Callable[[Tensor, Tensor], Tensor]

@@ -10,13 +10,12 @@ from torch import nn
 from tokencache_kernels import backends, ops
 from tokencache_kernels.blocks import (
     JointAttention,
-    Lane,
     Modulation,
     ParallelLayer,
     ResidualStream,
     Runner,
 )
-from tokencache_kernels.policies import Site, fora
+from tokencache_kernels.policies import LayerGroup, Site, fora
 from tokencache_kernels.testing import randn, random_indices
 
 B, T, N, D, M = 2, 3, 9, 16, 40
@@ -107,7 +106,7 @@ def test_image_and_text_share_a_decision_and_have_a_feature_each(device):
 
     attention = JointAttention(ATTENTION, gates, (zero, zero), attend)
     runner = Runner(fora(2, 2))
-    lanes = [Lane((ATTENTION,), T + N, is_whole=True)]
+    lanes = [LayerGroup((ATTENTION,), T + N, is_whole=True)]
     sums = []
     for later in (0.0, 1.0):
         streams = ResidualStream(image + later), ResidualStream(text + later)

@@ -1,0 +1,36 @@
+"""PixArt-alpha (arXiv:2310.00426) and -Sigma: one stream, with cross-attention to a text."""
+
+from .spec import (
+    CrossAttention,
+    Grid,
+    Mlp,
+    ModelSpec,
+    Modulation,
+    Norm,
+    SelfAttention,
+    Stack,
+    Vectors,
+)
+
+PIXART = ModelSpec(
+    transformer="PixArtTransformer2DModel",
+    stacks=(
+        Stack(
+            "transformer_blocks",
+            parts=(
+                SelfAttention(
+                    "attn1",
+                    norm=Norm("norm1"),
+                    modulation=Modulation("table", 0, 1, 2),
+                    passes={"attention_mask": "attention_mask"},
+                ),
+                CrossAttention("attn2", mask="encoder_attention_mask", is_plain=True),
+                Mlp("ff", norm=Norm("norm2"), modulation=Modulation("table", 3, 4, 5)),
+            ),
+            vectors=(Vectors("table", "table", "scale_shift_table", argument="timestep"),),
+        ),
+    ),
+    conditioning=("encoder_hidden_states", "encoder_attention_mask"),
+    grid=Grid(),
+    text_mask="encoder_attention_mask",
+)

@@ -1,0 +1,277 @@
+"""The anatomy of a diffusion transformer as data: its stacks of blocks, and their parts.
+
+A description names the parts of a model by their paths; it imports neither torch nor diffusers.
+Hooks, cached sites, selections, fused sub-layers, modulation in advance, training by blending and
+plans all follow from it.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from ..errors import fail
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A normalisation over the channels.
+
+    Attributes:
+        module: its path in the block; weights and epsilon are read there.
+        kind: layer norm, or root mean square.
+        plus_one: whether the factor is ``1 + weight``.
+    """
+
+    module: str
+    kind: Literal["layer", "rms"] = "layer"
+    plus_one: bool = False
+
+
+@dataclass(frozen=True)
+class Vectors:
+    """A source of adaLN vectors: ``count`` rows of D channels, one set for each sample.
+
+    Attributes:
+        name: the name that modulations use.
+        kind: how a block makes them:
+            ``adaln``: ``module.linear(silu(argument))``, cut in ``count``;
+            ``own_adaln``: likewise of ``module.emb(timestep, class_labels)``;
+            ``call``: ``module(argument)``, cut in ``count``;
+            ``table``: the parameter ``module`` (count, D) plus ``argument``;
+            ``argument``: rows ``[start, start + count)`` of ``argument``.
+        module: the path of the module or parameter in the block.
+        argument: the block's argument that holds the embedding.
+        count: the number of rows.
+        start: the first row; see ``argument``.
+    """
+
+    name: str
+    kind: Literal["adaln", "own_adaln", "call", "table", "argument"]
+    module: str = ""
+    argument: str = "temb"
+    count: int = 6
+    start: int = 0
+
+
+@dataclass(frozen=True)
+class Modulation:
+    """The rows of a source of vectors that shift, scale and gate a branch; None: there is none."""
+
+    source: str
+    shift: int | None = None
+    scale: int | None = None
+    gate: int | None = None
+    gate_function: Literal["none", "tanh"] = "none"
+
+
+@dataclass(frozen=True)
+class Layers:
+    """The linear layers of an MLP, by their paths in it: ``fc2(activation(fc1(x)))``.
+
+    Attributes:
+        fc1: the first layer; for a gated MLP either one layer that gives both halves, or two.
+        fc2: the last layer.
+        activation: as ``ops.linear`` names it; None: read from diffusers' ``FeedForward``.
+    """
+
+    fc1: tuple[str, ...]
+    fc2: str
+    activation: str | None = None
+
+
+FEED_FORWARD = Layers(("net.0.proj",), "net.2")
+
+
+@dataclass(frozen=True)
+class Branch:
+    """A module of a block whose output is added to a residual stream: ``x += gate * module(x)``.
+
+    Attributes:
+        module: its path in the block.
+        name: the name of its site: ``attn``, ``cross``, ``mlp``, ``text_mlp``.
+        stream: the block's argument that is its residual stream.
+        norm: the norm before it, if it is described.
+        modulation: shift, scale and gate, if there are any.
+        post_norm: a norm of the output, before the gate.
+        site_stream: the stream of its site, if not the stack's.
+    """
+
+    module: str
+    name: str
+    stream: str = "hidden_states"
+    norm: Norm | None = None
+    modulation: Modulation | None = None
+    post_norm: Norm | None = None
+    site_stream: str | None = None
+
+
+@dataclass(frozen=True)
+class Mlp(Branch):
+    """A function of single tokens, of which some may be recomputed.
+
+    Attributes:
+        layers: its linear layers, for the fused path; None: the module is called.
+    """
+
+    name: str = "mlp"
+    layers: Layers | None = FEED_FORWARD
+
+
+@dataclass(frozen=True)
+class SelfAttention(Branch):
+    """Attention among the tokens of one stream.
+
+    Attributes:
+        passes: the module's arguments, and the block's arguments that they are given.
+        splits: whether some of its tokens may be recomputed by ``to_q``, ``to_k``, ``to_v`` and
+            ``to_out``: there are no norms of queries and keys, and no rotary embedding.
+    """
+
+    name: str = "attn"
+    passes: Mapping[str, str] = field(default_factory=dict)
+    splits: bool = False
+
+
+@dataclass(frozen=True)
+class CrossAttention(Branch):
+    """Attention to a text; a function of single tokens, of which some may be recomputed.
+
+    Attributes:
+        passes: see ``SelfAttention``.
+        text: the block's argument that holds the text.
+        mask: the block's argument that says which text tokens are seen, if there is one.
+        is_plain: whether ``to_q``, ``to_k``, ``to_v`` and ``to_out`` are all there is to it.
+    """
+
+    name: str = "cross"
+    passes: Mapping[str, str] = field(default_factory=dict)
+    text: str = "encoder_hidden_states"
+    mask: str | None = None
+    is_plain: bool = False
+
+
+@dataclass(frozen=True)
+class JointAttention:
+    """Attention among the tokens of two streams together.
+
+    Attributes:
+        module: its path in the block.
+        image: norm, modulation and stream of the image's side; its output comes first.
+        text: those of the text's side.
+        name: the name of its site; one decision is for both sides.
+        passes: see ``SelfAttention``.
+        is_text_first: whether the text's tokens come first in the sequence.
+    """
+
+    module: str
+    image: Branch
+    text: Branch
+    name: str = "attn"
+    passes: Mapping[str, str] = field(default_factory=dict)
+    is_text_first: bool = True
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """Attention and MLP side by side: ``x += gate * fc2(cat(attn(y), activation(fc1(y))))``.
+
+    Two sites: ``attn``, read by ``mlp`` alone, and ``mlp``, the output of ``fc2``.
+
+    Attributes:
+        attention: the path of the attention in the block.
+        fc1: the path of the MLP's first layer.
+        activation: the path of the activation's module.
+        fc2: the path of the layer that projects both.
+        norm: the norm before both.
+        modulation: shift, scale and gate.
+        passes: see ``SelfAttention``.
+        gives_pair: whether the attention takes and gives the image's tokens and the text's apart.
+    """
+
+    attention: str = "attn"
+    fc1: str = "proj_mlp"
+    activation: str = "act_mlp"
+    fc2: str = "proj_out"
+    norm: Norm | None = None
+    modulation: Modulation | None = None
+    passes: Mapping[str, str] = field(default_factory=dict)
+    gives_pair: bool = False
+
+
+Part = Mlp | SelfAttention | CrossAttention | JointAttention | Parallel
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Blocks of one kind, one behind the other.
+
+    Attributes:
+        path: the path of their list in the transformer.
+        parts: the cached modules of a block, in the order in which they run.
+        stream: the stream of their sites.
+        streams: the block's arguments that are residual streams: the image's, then the text's.
+        returns: the streams in the order in which a block returns them; one alone is no tuple.
+        joins: whether a block joins its two streams to one sequence.
+        holds_all: whether its one stream holds the tokens of the streams before it, joined.
+        is_text_first: the order of a joined sequence.
+        vectors: the sources of adaLN vectors.
+        clips_float16: the streams that the block clips to float16's range.
+    """
+
+    path: str
+    parts: tuple[Part, ...]
+    stream: str = "main"
+    streams: tuple[str, ...] = ("hidden_states",)
+    returns: tuple[str, ...] = ("hidden_states",)
+    joins: bool = False
+    holds_all: bool = False
+    is_text_first: bool = True
+    vectors: tuple[Vectors, ...] = ()
+    clips_float16: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The source of the tokens' grid: the latents (B, C, H, W) or (B, C, F, H, W).
+
+    Attributes:
+        patch: the patch size: a number, the name of a config entry, or an attribute path.
+        is_video: whether there are frames; tiles do not cross them.
+    """
+
+    patch: int | str = "patch_size"
+    is_video: bool = False
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A diffusion transformer.
+
+    Attributes:
+        transformer: the name of its class.
+        stacks: its blocks; blocks that are not described run as they are.
+        conditioning: the transformer's arguments that tell one run from another.
+        latents: the argument that holds the tokens of the image.
+        timestep: the argument that holds the timestep.
+        time_rises: whether timesteps rise from step to step.
+        grid: the source of the tokens' grid; None: tokens lie on no grid.
+        text_mask: the argument that says which text tokens a cross-attention may see.
+        notes: a remark for ``tokencache models``.
+    """
+
+    transformer: str
+    stacks: tuple[Stack, ...]
+    conditioning: tuple[str, ...] = ("encoder_hidden_states",)
+    latents: str = "hidden_states"
+    timestep: str = "timestep"
+    time_rises: bool = False
+    grid: Grid | None = None
+    text_mask: str | None = None
+    notes: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.stacks:
+            fail("ModelSpec", "stacks", "hold at least one stack", "none")
+        for stack in self.stacks:
+            if not stack.parts:
+                fail("ModelSpec", f"stack {stack.path}", "have at least one part", "none")
