@@ -344,7 +344,7 @@ def test_an_attention_that_is_not_plain_is_not_recomputed_in_part():
     router = FactorRouter(0.5)
     apply_token_cache(model, ToCaConfig(IntervalSchedule(3), router, ScoreSelector(), STEPS))
 
-    with pytest.raises(UnsupportedInputError, match="processor must be .* got MyProcessor"):
+    with pytest.raises(UnsupportedInputError, match=r"processor must be .* got MyProcessor"):
         run(model)
 
 

@@ -1,10 +1,15 @@
 """Descriptions of the models that people run, by the name of the transformer's class."""
 
 from .dit import DIT
-from .flux import FLUX
+from .flux import CHROMA, FLUX, FLUX2
+from .hunyuan_video import HUNYUAN_VIDEO, HUNYUAN_VIDEO_15
+from .others import COGVIDEOX, KREA2, LATTE, LTX, LTX2, LUMINA2, Z_IMAGE
 from .pixart import PIXART
+from .qwen_image import QWEN_IMAGE
+from .sd3 import SD3
 from .spec import (
     FEED_FORWARD,
+    JOINT,
     Branch,
     CrossAttention,
     Grid,
@@ -19,12 +24,26 @@ from .spec import (
     Stack,
     Vectors,
 )
+from .wan import WAN
 
-SPECS: dict[str, ModelSpec] = {spec.transformer: spec for spec in (DIT, FLUX, PIXART)}
+SPECS: dict[str, ModelSpec] = {
+    spec.transformer: spec
+    for spec in (
+        CHROMA, COGVIDEOX, DIT, FLUX, FLUX2, HUNYUAN_VIDEO, HUNYUAN_VIDEO_15, KREA2, LATTE, LTX,
+        LTX2, LUMINA2, PIXART, QWEN_IMAGE, SD3, WAN, Z_IMAGE,
+    )
+}  # fmt: skip
+# models whose MLPs are no functions of single tokens, or are chosen per token
+UNSUPPORTED: dict[str, str] = {
+    "SanaTransformer2DModel": "the MLP has a convolution: tokens depend on their neighbours",
+    "HiDreamImageTransformer2DModel": "the MLP is a mixture of experts that are chosen by token",
+}
 
 __all__ = [
     "FEED_FORWARD",
+    "JOINT",
     "SPECS",
+    "UNSUPPORTED",
     "Branch",
     "CrossAttention",
     "Grid",

@@ -1,54 +1,103 @@
-"""FLUX.1: blocks of two streams for image and text, then parallel blocks of one."""
+"""FLUX.1: blocks of two streams for image and text, then parallel blocks of one; and its kin."""
 
-from .spec import Branch, JointAttention, Mlp, ModelSpec, Modulation, Norm, Parallel, Stack, Vectors
+from dataclasses import replace
+
+from ._joint import joint_parts
+from .spec import (
+    Mlp,
+    ModelSpec,
+    Modulation,
+    Norm,
+    Parallel,
+    SelfAttention,
+    Stack,
+    Vectors,
+)
 
 _PASSES = {"image_rotary_emb": "image_rotary_emb"}
+_STREAMS = ("hidden_states", "encoder_hidden_states")
+_RETURNS = ("encoder_hidden_states", "hidden_states")
 
-DOUBLE_PARTS = (
-    JointAttention(
-        "attn",
-        image=Branch(
-            "attn", "attn", "hidden_states", Norm("norm1.norm"), Modulation("image", 0, 1, 2)
-        ),
-        text=Branch(
-            "attn", "attn", "encoder_hidden_states", Norm("norm1_context.norm"),
-            Modulation("text", 0, 1, 2),
-        ),
-        passes=_PASSES,
+_DOUBLE = Stack(
+    "transformer_blocks",
+    parts=joint_parts(passes=_PASSES),
+    stream="double",
+    streams=_STREAMS,
+    returns=_RETURNS,
+    vectors=(Vectors("image", "adaln", "norm1"), Vectors("text", "adaln", "norm1_context")),
+    clips_float16=("encoder_hidden_states",),
+)
+_SINGLE = Stack(
+    "single_transformer_blocks",
+    parts=(
+        Parallel(norm=Norm("norm.norm"), modulation=Modulation("joint", 0, 1, 2), passes=_PASSES),
     ),
-    Mlp("ff", norm=Norm("norm2"), modulation=Modulation("image", 3, 4, 5)),
-    Mlp(
-        "ff_context", "text_mlp", "encoder_hidden_states", Norm("norm2_context"),
-        Modulation("text", 3, 4, 5),
-    ),
-)  # fmt: skip
+    stream="single",
+    streams=_STREAMS,
+    returns=_RETURNS,
+    joins=True,
+    vectors=(Vectors("joint", "adaln", "norm", count=3),),
+    clips_float16=("hidden_states",),
+)
 
 FLUX = ModelSpec(
     transformer="FluxTransformer2DModel",
+    stacks=(_DOUBLE, _SINGLE),
+    conditioning=("encoder_hidden_states", "pooled_projections"),
+)
+
+# an approximator makes the vectors of all blocks; each is given its own
+CHROMA = ModelSpec(
+    transformer="ChromaTransformer2DModel",
     stacks=(
-        Stack(
-            "transformer_blocks",
-            parts=DOUBLE_PARTS,
-            stream="double",
-            streams=("hidden_states", "encoder_hidden_states"),
-            returns=("encoder_hidden_states", "hidden_states"),
-            vectors=(Vectors("image", "adaln", "norm1"), Vectors("text", "adaln", "norm1_context")),
-            clips_float16=("encoder_hidden_states",),
+        replace(
+            _DOUBLE,
+            vectors=(
+                Vectors("image", "argument", count=6),
+                Vectors("text", "argument", count=6, start=6),
+            ),
+        ),
+        replace(
+            _SINGLE,
+            streams=("hidden_states",),
+            returns=("hidden_states",),
+            joins=False,
+            holds_all=True,
+            vectors=(Vectors("joint", "argument", count=3),),
+        ),
+    ),
+)
+
+# its parallel blocks have one product for queries, keys, values and MLP: reused as a whole
+FLUX2 = ModelSpec(
+    transformer="Flux2Transformer2DModel",
+    stacks=(
+        replace(
+            _DOUBLE,
+            parts=tuple(
+                replace(part, layers=None) if isinstance(part, Mlp) else part
+                for part in joint_parts(passes=_PASSES, norms=("norm1", "norm1_context"))
+            ),
+            vectors=(
+                Vectors("image", "argument", argument="temb_mod_img"),
+                Vectors("text", "argument", argument="temb_mod_txt"),
+            ),
         ),
         Stack(
             "single_transformer_blocks",
             parts=(
-                Parallel(
-                    norm=Norm("norm.norm"), modulation=Modulation("joint", 0, 1, 2), passes=_PASSES
+                SelfAttention(
+                    "attn",
+                    norm=Norm("norm"),
+                    modulation=Modulation("joint", 0, 1, 2),
+                    passes=_PASSES,
                 ),
             ),
             stream="single",
-            streams=("hidden_states", "encoder_hidden_states"),
-            returns=("encoder_hidden_states", "hidden_states"),
-            joins=True,
-            vectors=(Vectors("joint", "adaln", "norm", count=3),),
+            holds_all=True,
+            vectors=(Vectors("joint", "argument", argument="temb_mod", count=3),),
             clips_float16=("hidden_states",),
         ),
     ),
-    conditioning=("encoder_hidden_states", "pooled_projections"),
+    notes="single blocks are reused or computed as a whole",
 )

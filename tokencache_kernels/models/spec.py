@@ -79,6 +79,8 @@ class Layers:
     activation: str | None = None
 
 
+# the stream of a module that is given the tokens of all streams, joined
+JOINT = "joint"
 FEED_FORWARD = Layers(("net.0.proj",), "net.2")
 
 
@@ -89,7 +91,7 @@ class Branch:
     Attributes:
         module: its path in the block.
         name: the name of its site: ``attn``, ``cross``, ``mlp``, ``text_mlp``.
-        stream: the block's argument that is its residual stream.
+        stream: the block's argument that is its residual stream, or ``JOINT``.
         norm: the norm before it, if it is described.
         modulation: shift, scale and gate, if there are any.
         post_norm: a norm of the output, before the gate.

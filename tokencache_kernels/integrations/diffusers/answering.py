@@ -383,9 +383,14 @@ class SelfAttentionAnswer(_ModuleAnswer):
 
     def _scored(self, call: Call, given: dict[str, Any]) -> list[tuple[Site | None, int]]:
         """The sites whose tokens the attention scores, with their tokens, in its sequence."""
-        part, tokens = self._part, given[self._token_arguments[0]].shape[1]
+        part = self._part
+        # an attention's first argument holds its tokens, whatever it is called
+        tokens = next(iter(given.values())).shape[1]
         if not isinstance(part, spec.JointAttention):
             return [(self._find_selected(call, self._stack.streams[0]), tokens)]
+        joint = self._find_selected(call, spec.JOINT)
+        if joint is not None:
+            return [(joint, tokens + given[self._token_arguments[1]].shape[1])]
         sides = [
             (self._find_selected(call, part.image.stream), tokens),
             (self._find_selected(call, part.text.stream), given[self._token_arguments[1]].shape[1]),
@@ -536,15 +541,16 @@ class ParallelAttentionAnswer(SelfAttentionAnswer):
         is_pair = isinstance(part, spec.Parallel) and part.gives_pair
         if action is Action.FULL and output is not None:
             return output
+        if action is Action.REUSE:
+            # nothing is projected, and no attention may have been kept for that
+            rows = given[next(iter(given))][:, :0]
+            return (rows, rows) if is_pair else rows
         kept = runner.features.load(self._own_site) if output is None else _joined(output)
         if action is Action.FULL:
             text = given[self._token_arguments[1]].shape[1] if is_pair else 0
             return (kept[:, :-text], kept[:, -text:]) if is_pair else kept
-        if action is Action.REUSE:
-            rows = kept[:, :0]
-        else:
-            indices, _ = runner.selection(self._site)
-            rows = ops.gather_rows(kept, indices, backend=backend)
+        indices, _ = runner.selection(self._site)
+        rows = ops.gather_rows(kept, indices, backend=backend)
         # a block that takes a pair joins it again
         return (rows, rows[:, :0]) if is_pair else rows
 

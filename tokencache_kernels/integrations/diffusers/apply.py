@@ -9,7 +9,7 @@ from torch import nn
 
 from ...blocks import CudaCapture
 from ...errors import UnsupportedInputError, fail
-from ...models import SPECS, ModelSpec
+from ...models import SPECS, UNSUPPORTED, ModelSpec
 from ...policies import Policy
 from . import compat
 from .answering import TransformerAnswer, install, uninstall
@@ -145,6 +145,10 @@ def _find_spec(transformer: nn.Module, spec: ModelSpec | None) -> ModelSpec:
         return spec
     name = class_of(transformer).__name__
     found = _registered.get(name) or SPECS.get(name)
+    if found is None and name in UNSUPPORTED:
+        raise UnsupportedInputError(
+            f"apply_token_cache: {name} cannot be cached by token: {UNSUPPORTED[name]}"
+        )
     if found is None:
         raise UnsupportedInputError(
             f"apply_token_cache: transformer must be one of {', '.join({**SPECS, **_registered})}, "

@@ -8,6 +8,7 @@ from torch import nn
 
 from ...errors import UnsupportedInputError
 from ...models.spec import (
+    JOINT,
     Branch,
     CrossAttention,
     JointAttention,
@@ -70,6 +71,10 @@ class Binding:
     def depth(self, stack: Stack) -> int:
         """The number of blocks of a stack."""
         return len(self.parts[stack.path])
+
+    def is_complete(self, stack: Stack, layer: int) -> bool:
+        """Whether a block has all parts that any block of its stack has."""
+        return len(self.parts[stack.path][layer]) == max(map(len, self.parts[stack.path]))
 
     def sites(self, stack: Stack, layer: int) -> tuple[Site, ...]:
         """The sites of a block, in the order in which they are computed."""
@@ -149,7 +154,7 @@ class Binding:
 
 def _count(stack: Stack, stream: str, tokens: Mapping[str, int]) -> int:
     """The tokens of a stream as the blocks of a stack see it."""
-    if stack.joins or stack.holds_all:
+    if stack.joins or stack.holds_all or stream == JOINT:
         return sum(tokens.values())
     return tokens[stream]
 

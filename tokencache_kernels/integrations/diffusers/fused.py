@@ -45,9 +45,9 @@ def find_refusal(stack: Stack, parts: tuple[spec.Part, ...], block: nn.Module) -
         is_layer = class_of(module) is nn.Linear
         if compat.is_wrapped(module) or (compat.has_hooks(module) and not is_layer):
             return f"{name or 'the block'} has a hook around it"
-    if len(parts) != len(stack.parts):
-        return "it lacks a part that other blocks have"
     for part in parts:
+        if isinstance(part, spec.Parallel) and part.gives_pair:
+            return "its attention takes image and text apart"
         for branch in (part.image, part.text) if isinstance(part, spec.JointAttention) else (part,):
             refusal = _refuse_branch(branch, block)
             if refusal is not None:

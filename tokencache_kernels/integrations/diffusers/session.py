@@ -357,7 +357,11 @@ class Session:
         key = stack.path, layer
         if key not in self._refusals:
             parts = self.binding.parts[stack.path][layer]
-            self._refusals[key] = find_refusal(stack, parts, block)
+            self._refusals[key] = (
+                find_refusal(stack, parts, block)
+                if self.binding.is_complete(stack, layer)
+                else "it lacks a part that other blocks have"
+            )
         return self._refusals[key] is None
 
     def score(self, attention: Attention, lse: Tensor | None) -> Tensor:

@@ -1,0 +1,54 @@
+"""HunyuanVideo and HunyuanVideo 1.5: video, blocks of two streams; the text's tokens come last."""
+
+from ._joint import joint_parts
+from .spec import ModelSpec, Modulation, Norm, Parallel, Stack, Vectors
+
+_STREAMS = ("hidden_states", "encoder_hidden_states")
+_VECTORS = Vectors("image", "adaln", "norm1"), Vectors("text", "adaln", "norm1_context")
+_DOUBLE = Stack(
+    "transformer_blocks",
+    parts=joint_parts(
+        passes={"attention_mask": "attention_mask", "image_rotary_emb": "freqs_cis"},
+        is_text_first=False,
+    ),
+    stream="double",
+    streams=_STREAMS,
+    returns=_STREAMS,
+    vectors=_VECTORS,
+)
+
+HUNYUAN_VIDEO = ModelSpec(
+    transformer="HunyuanVideoTransformer3DModel",
+    stacks=(
+        _DOUBLE,
+        Stack(
+            "single_transformer_blocks",
+            parts=(
+                Parallel(
+                    norm=Norm("norm.norm"),
+                    modulation=Modulation("joint", 0, 1, 2),
+                    gives_pair=True,
+                ),
+            ),
+            stream="single",
+            streams=_STREAMS,
+            returns=_STREAMS,
+            joins=True,
+            is_text_first=False,
+            vectors=(Vectors("joint", "adaln", "norm", count=3),),
+        ),
+    ),
+    conditioning=("encoder_hidden_states", "encoder_attention_mask", "pooled_projections"),
+)
+
+HUNYUAN_VIDEO_15 = ModelSpec(
+    transformer="HunyuanVideo15Transformer3DModel",
+    stacks=(_DOUBLE,),
+    conditioning=(
+        "encoder_hidden_states",
+        "encoder_attention_mask",
+        "encoder_hidden_states_2",
+        "encoder_attention_mask_2",
+        "image_embeds",
+    ),
+)

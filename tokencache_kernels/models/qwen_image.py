@@ -1,0 +1,28 @@
+"""Qwen-Image and Qwen-Image-Edit: blocks of two streams with a modulation of their own each."""
+
+from ._joint import joint_parts
+from .spec import ModelSpec, Stack, Vectors
+
+QWEN_IMAGE = ModelSpec(
+    transformer="QwenImageTransformer2DModel",
+    stacks=(
+        Stack(
+            "transformer_blocks",
+            parts=joint_parts(
+                norms=("img_norm1", "txt_norm1"),
+                mlp_norms=("img_norm2", "txt_norm2"),
+                mlps=("img_mlp", "txt_mlp"),
+                passes={
+                    "encoder_hidden_states_mask": "encoder_hidden_states_mask",
+                    "image_rotary_emb": "image_rotary_emb",
+                },
+            ),
+            stream="double",
+            streams=("hidden_states", "encoder_hidden_states"),
+            returns=("encoder_hidden_states", "hidden_states"),
+            vectors=(Vectors("image", "call", "img_mod"), Vectors("text", "call", "txt_mod")),
+            clips_float16=("encoder_hidden_states", "hidden_states"),
+        ),
+    ),
+    conditioning=("encoder_hidden_states", "encoder_hidden_states_mask"),
+)

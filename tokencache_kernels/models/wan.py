@@ -1,0 +1,39 @@
+"""Wan 2.1 and 2.2: video, one stream, self-attention, cross-attention to a text, MLP."""
+
+from .spec import (
+    CrossAttention,
+    Grid,
+    Mlp,
+    ModelSpec,
+    Modulation,
+    Norm,
+    SelfAttention,
+    Stack,
+    Vectors,
+)
+
+WAN = ModelSpec(
+    transformer="WanTransformer3DModel",
+    stacks=(
+        Stack(
+            "blocks",
+            parts=(
+                SelfAttention(
+                    "attn1",
+                    norm=Norm("norm1"),
+                    modulation=Modulation("table", 0, 1, 2),
+                    passes={"rotary_emb": "rotary_emb"},
+                ),
+                CrossAttention(
+                    "attn2",
+                    norm=Norm("norm2"),
+                    passes={"encoder_hidden_states": "encoder_hidden_states"},
+                ),
+                Mlp("ffn", norm=Norm("norm3"), modulation=Modulation("table", 3, 4, 5)),
+            ),
+            vectors=(Vectors("table", "table", "scale_shift_table"),),
+        ),
+    ),
+    conditioning=("encoder_hidden_states", "encoder_hidden_states_image"),
+    grid=Grid(is_video=True),
+)
