@@ -10,13 +10,15 @@ namespace {
 constexpr int kThreads = 128;
 // left alone, the assembler spills for more blocks on a multiprocessor than memory can feed
 constexpr int kBlocks = 8;
-constexpr int kMostBranches = 64;  // a launch takes its branches by value
+constexpr int kMostBranches = 32;  // a launch takes its branches by value
 
 struct Branches {
   int64_t count;
   bool has_norms;
   BranchParams of[kMostBranches];
 };
+// older drivers take no more, and every launch copies it
+static_assert(sizeof(AddBranchesParams) + sizeof(Branches) + sizeof(ModulateParams) <= 4080);
 
 template <class T>
 __device__ const T* row_of(const void* base, int64_t offset) {

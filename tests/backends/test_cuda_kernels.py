@@ -228,3 +228,18 @@ def test_the_parts_of_a_long_row_select_as_the_reference_does(backend, options):
 
     torch.testing.assert_close(selected, expected, rtol=0, atol=0)
     torch.testing.assert_close(staleness, expected_staleness, rtol=0, atol=0)
+
+
+def test_more_branches_than_a_launch_takes_are_added_by_several(backend):
+    x, branch = randn(1, 3, 16), randn(1, 3, 16, seed=1)
+    gates = [None if j % 2 else randn(1, 16, seed=j) for j in range(70)]
+    norms = [ops.RowNorm("rms") if j % 3 else None for j in range(70)]
+
+    out = ops.add_branches(x, [branch] * 70, gates, branch_norms=norms, backend=backend)
+
+    wanted = ops.add_branches(
+        x.double(), [branch.double()] * 70,
+        [None if gate is None else gate.double() for gate in gates],
+        branch_norms=norms, backend="reference",
+    )  # fmt: skip
+    torch.testing.assert_close(out.double(), wanted, rtol=1e-5, atol=1e-4)
