@@ -25,7 +25,15 @@ from .fused import (
     read_sources,
     self_attention_of,
 )
-from .interception import Original, class_of, eager, intercept, interceptor_of, release
+from .interception import (
+    Original,
+    class_of,
+    eager,
+    intercept,
+    interceptor_of,
+    release,
+    transparent,
+)
 from .predict import predict_scores
 from .session import Call, Pass, Session
 
@@ -44,12 +52,14 @@ class TransformerAnswer:
         """See ``RootInterceptor``."""
         self.session.forget_runs()
 
+    @transparent
     def call(self, module: Any, original: Original, *arguments: Any, **named: Any) -> Any:
         """Run the transformer's own call inside a call of the cache."""
         given = _name(module, arguments, named)
         with self._calling(module, given):
             return original(*arguments, **named)
 
+    @transparent
     def forward(self, module: Any, own: Original, *arguments: Any, **named: Any) -> Any:
         """Run or replay the transformer's own forward, inside of all hooks."""
         if self.session.call is None:
@@ -101,6 +111,7 @@ class BlockAnswer:
         self._ends_stack = layer == binding.depth(stack) - 1
         self._described = described_arguments(stack)
 
+    @transparent
     def call(self, module: Any, original: Original, *arguments: Any, **named: Any) -> Any:
         """Full blocks run their own code; others are composed, or run with cached modules."""
         call = self.session.call
@@ -251,6 +262,7 @@ class _ModuleAnswer:
         self._part = part
         self._site = site_of(stack, part, layer)
 
+    @transparent
     def call(self, module: Any, original: Original, *arguments: Any, **named: Any) -> Any:
         """Answer a call by the mode of the block that makes it."""
         call = self.session.call
@@ -266,11 +278,13 @@ class _ModuleAnswer:
             return original(*arguments, **named)
         return self._answer(call, action, module, original, arguments, named)
 
+    @eager
     def _takes_part(self, call: Call) -> bool:
         """Whether something of a full computation is to be kept."""
         runner = call.run.runner
         return runner.is_remembered(self._site) or runner.is_selected(self._site)
 
+    @transparent
     def _compute(
         self, call: Call, module: Any, original: Original, arguments: Any, named: Any
     ) -> Any:
@@ -304,6 +318,7 @@ class RowsAnswer(_ModuleAnswer):
     def _scores_entropy(self) -> bool:
         return isinstance(self._part, spec.CrossAttention) and self.session.takes_entropy
 
+    @transparent
     def _compute(
         self, call: Call, module: Any, original: Original, arguments: Any, named: Any
     ) -> Any:
@@ -363,9 +378,11 @@ class RowsAnswer(_ModuleAnswer):
 class SelfAttentionAnswer(_ModuleAnswer):
     """Answers the calls of an attention among the tokens of one stream."""
 
+    @eager
     def _takes_part(self, call: Call) -> bool:
         return True
 
+    @transparent
     def _compute(
         self, call: Call, module: Any, original: Original, arguments: Any, named: Any
     ) -> Any:
@@ -403,6 +420,7 @@ class SelfAttentionAnswer(_ModuleAnswer):
         sites = self.session.binding.scored_sites(self._stack, self._layer, stream)
         return next(filter(call.run.runner.is_selected, sites), None)
 
+    @eager
     def _looks(
         self, call: Call, given: dict[str, Any]
     ) -> Callable[[Attention, Tensor | None], None] | None:
@@ -516,6 +534,7 @@ class ParallelAttentionAnswer(SelfAttentionAnswer):
         count = sum(one.shape[1] for one in rows if one is not None)
         return [(self._find_selected(call, ""), count)]
 
+    @transparent
     def call(self, module: Any, original: Original, *arguments: Any, **named: Any) -> Any:
         """Answer a call by the mode of the block that makes it."""
         call = self.session.call
@@ -715,6 +734,7 @@ def _joined(output: Any) -> Tensor:
     return joined
 
 
+@eager
 def _name(module: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> dict[str, Any]:
     """All arguments of a call by name."""
     if not arguments:

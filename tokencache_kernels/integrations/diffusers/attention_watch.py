@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from ... import ops
 from ...errors import UnsupportedInputError
+from .interception import eager
 
 # queries whose weights are held at a time, where a mask keeps the fused statistics away
 _CHUNK = 256
@@ -74,6 +75,7 @@ class _Watch(TorchFunctionMode):
         return function(*arguments, **(named or {}))
 
 
+@eager
 def watch_attention(
     call: Callable[[], Any],
     look: Callable[[Attention, Tensor | None], None],
