@@ -12,7 +12,18 @@ pytest.importorskip("triton")
 import triton
 
 from tokencache_kernels.backends.triton import compile_gate
-from tokencache_kernels.backends.triton.compile_gate import ARCHITECTURES, Code, judge_code
+from tokencache_kernels.backends.triton.compile_gate import (
+    ARCHITECTURES,
+    Code,
+    Job,
+    Report,
+    compare_with_budget,
+    count_programs,
+    judge_code,
+    make_budget,
+    write_budget,
+)
+from tokencache_kernels.backends.triton.machine_code import HopperCode
 
 HERE = Path(__file__).parent
 KERNELS = Path(compile_gate.__file__).parent
@@ -56,7 +67,7 @@ def test_equal_cases_are_compiled_once(reports):
 
 def test_spilling_fails(reports):
     (failure,) = failures(reports, "_centre_kernel", "spilling")
-    assert failure.endswith("instructions spill registers to memory")
+    assert failure.endswith("bytes of registers are spilled to memory")
 
 
 def test_too_much_shared_memory_fails(reports):
@@ -67,6 +78,11 @@ def test_too_much_shared_memory_fails(reports):
 def test_a_gemm_on_unaligned_rows_fails_for_want_of_asynchronous_copies(reports):
     expected = ("a GEMM without asynchronous copies",)
     assert failures(reports, "_matmul_kernel", "unaligned") == expected
+
+
+def test_serialised_wgmma_fails(reports):
+    expected = ("the assembler warns of C7515 (C7515: serial wgmma)",)
+    assert failures(reports, "_attention_kernel", "E=64 bf16") == expected
 
 
 def test_a_gemm_without_dot_fails_for_want_of_tensor_cores(reports):
@@ -105,12 +121,16 @@ def test_a_case_must_fit_its_kernel(reports):
     ("code", "failure"),
     [
         (Code(tensor_cores=1, async_copies=1), None),
-        (Code(tensor_cores=1, async_copies=1, spills=1), "1 instructions spill"),
+        (Code(tensor_cores=1, async_copies=1, spills=4), "4 bytes of registers"),
         (Code(tensor_cores=1, async_copies=1, shared=232448), None),
         (Code(tensor_cores=1, async_copies=1, shared=232449), "232449 bytes"),
         (Code(tensor_cores=1, async_copies=1, tensor_memory=1024), "1024 columns"),
         (Code(async_copies=1), "without tcgen05.mma"),
         (Code(tensor_cores=1), "without asynchronous"),
+        (Code(tensor_cores=1, async_copies=1, warnings=("C7510",)), "C7510"),
+        (Code(tensor_cores=1, async_copies=1, hopper=HopperCode(copy_bytes=16)), None),
+        (Code(tensor_cores=1, async_copies=1, hopper=HopperCode(copy_bytes=4)), "by 4 bytes"),
+        (Code(tensor_cores=1, async_copies=1, hopper=HopperCode(hazards=1)), "1 writes"),
     ],
 )
 def test_every_rule_judges_alone(code, failure):
@@ -143,6 +163,84 @@ def test_the_machine_code_holds_what_was_counted_before_the_assembler(reports, o
         assembled.add((arch, num_tensor_cores, len(re.findall(r"\bLDGSTS\b", sass))))
 
     assert assembled == counted
+
+
+def test_a_second_run_compiles_nothing(reports, tmp_path, monkeypatch):
+    jobs = [r.job for r in reports.values() if r.job.variant == "good" and r.job.arch == "sm_90"]
+    cache = tmp_path / "gate.json"
+
+    first = list(compile_gate.run_cached(jobs, 1, cache))
+    monkeypatch.setattr(compile_gate, "compile_job", None)
+    monkeypatch.setattr(compile_gate, "run_jobs", lambda jobs, _: iter(jobs))
+    second = list(compile_gate.run_cached(jobs, 1, cache))
+
+    assert len(first) == 2
+    assert second == first
+
+
+def test_what_failed_is_not_kept(reports, tmp_path):
+    jobs = [r.job for r in reports.values() if r.job.variant == "two warps"]
+    cache = tmp_path / "gate.json"
+
+    (report,) = compile_gate.run_cached(jobs, 1, cache)
+
+    assert report.failures
+    assert not cache.exists()
+
+
+def test_every_kernel_for_hopper_is_read(reports):
+    matmul = reports["sm_90", "_matmul_kernel", "good"].code.hopper
+
+    # 128 rows and columns by 64 steps of two bytes, in the clocks that 4 x 2 wgmma of 64 rows take
+    assert matmul.l2_bytes == 64
+    assert matmul.copy_bytes == 16
+    assert matmul.in_flight == 1
+    assert matmul.loop["HGMMA"] == 4
+    assert reports["sm_80", "_matmul_kernel", "good"].code.hopper is None
+
+
+@pytest.mark.parametrize(
+    ("registers", "shared", "num_warps", "programs"),
+    [(128, 0, 8, 2), (129, 0, 8, 1), (64, 98304, 8, 2), (64, 120000, 8, 1), (16, 0, 4, 16)],
+)
+def test_programs_of_a_multiprocessor(registers, shared, num_warps, programs):
+    assert count_programs(registers, shared, num_warps, 227 * 1024) == programs
+
+
+# the budget
+
+
+def report_of(registers=100, instructions=500, **loop):
+    hopper = HopperCode(instructions=instructions, loop=loop)
+    job = Job("module", "sm_90", 0, "_linear_kernel", "none bf16", "block_m=128")
+    return Report(job, Code(registers=registers, hopper=hopper), ())
+
+
+def test_a_kernel_within_its_budget_passes(tmp_path):
+    path = tmp_path / "budget.json"
+    write_budget(make_budget([report_of(HGMMA=4, MOV=9)]), path)
+    budget = json.loads(path.read_text())
+
+    assert compare_with_budget(report_of(HGMMA=4, MOV=9), budget["cases"]) == ()
+    assert compare_with_budget(report_of(90, 480, HGMMA=4, MOV=3), budget["cases"]) == ()
+
+
+def test_more_than_the_budget_fails_with_the_difference():
+    cases = make_budget([report_of(HGMMA=4, MOV=9)])["cases"]
+
+    failures = compare_with_budget(report_of(120, 510, HGMMA=4, MOV=8, IMAD=3), cases)
+
+    assert failures == (
+        "instructions: 500 -> 510",
+        "registers: 100 -> 120",
+        "hot loop: 13 -> 15 instructions (IMAD +3, MOV -1)",
+    )
+
+
+def test_a_kernel_that_the_budget_does_not_know_fails():
+    (failure,) = compare_with_budget(report_of(), {})
+
+    assert failure.startswith("not in the budget")
 
 
 # the kernels of this package
@@ -209,6 +307,8 @@ def judged(reports, monkeypatch):
     by_job = {report.job: report for report in reports.values()}
     monkeypatch.setattr(compile_gate, "find_jobs", find_jobs)
     monkeypatch.setattr(compile_gate, "run_jobs", lambda jobs, _: (by_job[job] for job in jobs))
+    # these kernels are in no budget
+    monkeypatch.setattr(compile_gate, "_read_budget", lambda: None)
 
 
 def test_the_command_compiles_the_kernels_of_the_package(capsys):

@@ -145,7 +145,7 @@ def test_one_persistent_launch_is_as_exact_as_eager(device, dtype):
     cache = randn(B, N, D, dtype=dtype, device=device, seed=1)
     indices = random_indices(B, N, S, num_empty=2, device=device)
     layers = (fc1 / D**0.5, fc1_bias, fc2 / M**0.5, fc2_bias)
-    inputs = [x, indices, shift, scale, *layers, "gelu_tanh", 1e-6]
+    inputs = [x, indices, shift, scale, *layers, "gelu_tanh", reference.RowNorm()]
     setting = MlpSetting(64, 64, 64, num_warps=4, num_stages=3, is_persistent=True)
 
     out, again, exact, rounded = (cache.clone() for _ in range(4))
@@ -210,3 +210,58 @@ def test_the_number_of_rows_chooses_among_few_kernels():
 def test_the_heuristic_is_one_of_the_settings_tried():
     for itemsize, rows, O, K in product((2, 4), (1, 777), (72, 1152), (7, 4608)):  # noqa: E741
         assert gemm_heuristic(H200, itemsize, rows, O, K) in gemm_settings(H200, itemsize, O, K)
+
+
+def test_indices_may_be_a_part_of_wider_ones(device):
+    x, weight, bias = make_linear(torch.float32, device)
+    wide = random_indices(2, 40, 30, num_empty=3, device=device)
+    part = wide[:, :17]
+    rows = x[:, :17].contiguous()
+    cache = randn(2, 40, 136, device=device)
+    out, wanted = cache.clone(), cache.clone()
+
+    gathered = triton.linear(x, weight, bias, "none", part)
+    triton.linear_scatter_(out, part, rows, weight, bias, None, False)
+
+    torch.testing.assert_close(gathered, triton.linear(x, weight, bias, "none", part.contiguous()))
+    triton.linear_scatter_(wanted, part.contiguous(), rows, weight, bias, None, False)
+    torch.testing.assert_close(out, wanted, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "out_features", "in_features", "tile"),
+    [
+        (416, 4608, 1152, (128, 256, 1)),
+        (416, 1152, 4608, (128, 128, 2)),
+        (460, 12288, 3072, (128, 256, 1)),
+        (460, 3072, 12288, (128, 256, 2)),
+    ],
+    ids=["dit-fc1", "dit-fc2", "flux-fc1", "flux-fc2"],
+)
+def test_products_bound_by_the_l2_take_wide_tiles(num_rows, out_features, in_features, tile):
+    setting = gemm_heuristic(H200, 2, num_rows, out_features, in_features)
+
+    assert (setting.block_m, setting.block_n, setting.split_k) == tile
+
+
+def test_no_program_of_a_split_tile_is_without_a_step():
+    setting = GemmSetting(64, 64, 32, num_warps=4, num_stages=3, split_k=8)
+
+    assert [setting.num_splits(steps) for steps in (1, 7, 8, 100)] == [1, 7, 8, 8]
+
+
+def test_the_launches_of_a_capture_share_counters_of_their_own(monkeypatch):
+    cpu = torch.device("cpu")
+    captures = iter([7, 7, 8, None, None])
+    monkeypatch.setattr(_counters, "_OF_CAPTURE", {})
+    monkeypatch.setattr(_counters, "capture_under_way", lambda stream: next(captures))
+    stream = type("Stream", (), {"cuda_stream": 1})
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+
+    first, second, other, unknown, again = (
+        _counters._counters_of_capture(cpu, 10) for _ in range(5)
+    )
+
+    assert first is second
+    assert len({first.data_ptr(), other.data_ptr(), unknown.data_ptr(), again.data_ptr()}) == 4
+    assert not first.any()

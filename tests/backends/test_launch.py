@@ -47,6 +47,7 @@ def no_settings_of_the_user(monkeypatch, tmp_path):
 def write_settings(path, device="NVIDIA H200", **fields):
     key = problem_key("linear", PROBLEM)
     path.parent.mkdir(exist_ok=True)
+    fields = {"block": 128, "num_warps": 4} | fields
     path.write_text(json.dumps({"device": device, "settings": {key: fields}}))
     return path
 
@@ -62,40 +63,66 @@ def test_the_heuristic_holds_where_nothing_was_tuned():
     assert choose("linear", H200, PROBLEM, Tile()) == Tile()
 
 
-def test_a_tuned_entry_replaces_the_fields_it_names(monkeypatch, tmp_path):
+def choose_tile(kernel="linear", device=H200, problem=PROBLEM):
+    """Choose among tiles of all sizes."""
+    return choose(kernel, device, problem, Tile(), lambda: [Tile(32), Tile(64), Tile(256)])
+
+
+def test_a_tuned_entry_is_a_whole_setting(monkeypatch, tmp_path):
     use_settings(monkeypatch, write_settings(tmp_path / "mine.json", block=64))
 
-    assert choose("linear", H200, PROBLEM, Tile()) == Tile(block=64, num_warps=4)
+    # whatever the heuristic says to another problem of the bucket
+    chosen = choose("linear", H200, PROBLEM, Tile(32, num_warps=8), lambda: [Tile(64)])
+    assert chosen == Tile(64, num_warps=4)
+
+
+def test_a_setting_that_is_no_candidate_is_refused_with_a_warning(monkeypatch, tmp_path, caplog):
+    use_settings(monkeypatch, write_settings(tmp_path / "mine.json", block=512))
+
+    assert choose_tile() == choose_tile() == Tile()
+
+    (warning,) = caplog.messages
+    assert "linear/D=2048,R=512" in warning
+    assert "block=512 num_warps=4) is no candidate here: not used" in warning
+
+
+def test_what_was_tuned_in_the_process_goes_before_files(monkeypatch, tmp_path):
+    use_settings(monkeypatch, write_settings(tmp_path / "mine.json", block=64))
+    monkeypatch.setattr(_launch, "_adopted", {})
+
+    _launch.adopt("linear/D=2048,R=512", Tile(256))
+
+    assert choose_tile() == Tile(256)
 
 
 def test_a_tuned_entry_serves_its_bucket_and_its_kernel_only(monkeypatch, tmp_path):
     use_settings(monkeypatch, write_settings(tmp_path / "mine.json", block=64))
 
-    assert choose("linear", H200, {"D": 2048, "R": 512}, Tile()).block == 64
-    assert choose("linear", H200, {"D": 2048, "R": 513}, Tile()).block == 128
-    assert choose("linear_scatter_", H200, PROBLEM, Tile()).block == 128
+    assert choose_tile(problem={"D": 2048, "R": 512}).block == 64
+    assert choose_tile(problem={"D": 2048, "R": 513}).block == 128
+    assert choose_tile("linear_scatter_").block == 128
 
 
 def test_shipped_settings_serve_their_device(tmp_path):
     write_settings(tmp_path / "shipped" / "nvidia-h200.json", block=32)
 
-    assert choose("linear", H200, PROBLEM, Tile()).block == 32
-    assert choose("linear", INTERPRETER, PROBLEM, Tile()).block == 128
+    assert choose_tile().block == 32
+    assert choose_tile(device=INTERPRETER).block == 128
 
 
 def test_the_users_settings_go_before_the_shipped_ones(monkeypatch, tmp_path):
     write_settings(tmp_path / "shipped" / "nvidia-h200.json", block=32)
     use_settings(monkeypatch, write_settings(tmp_path / "mine.json", block=64))
 
-    assert choose("linear", H200, PROBLEM, Tile()).block == 64
+    assert choose_tile().block == 64
 
 
 def test_another_file_is_honoured_in_the_same_process(monkeypatch, tmp_path):
     use_settings(monkeypatch, write_settings(tmp_path / "one.json", block=64))
-    first = choose("linear", H200, PROBLEM, Tile())
+    first = choose_tile()
     use_settings(monkeypatch, write_settings(tmp_path / "two.json", block=256))
 
-    assert (first.block, choose("linear", H200, PROBLEM, Tile()).block) == (64, 256)
+    assert (first.block, choose_tile().block) == (64, 256)
 
 
 def test_settings_of_another_device_are_ignored(monkeypatch, tmp_path):
@@ -113,10 +140,11 @@ def test_a_field_that_does_not_fit_is_named(monkeypatch, tmp_path, fields):
     with pytest.raises(ValueError) as error:
         choose("linear", H200, PROBLEM, Tile())
 
-    ((name, value),) = fields.items()
+    ((name, _),) = fields.items()
+    got = {"block": 128, "num_warps": 4} | fields
     assert str(error.value) == (
-        f"linear: the launch settings in {path} must replace fields of block=128 num_warps=4, "
-        f"got {name}={value!r} for linear/D=2048,R=512"
+        f"linear: the launch settings in {path} must give all fields of a setting such as "
+        f"block=128 num_warps=4, got {got} for linear/D=2048,R=512: see {name!r}"
     )
 
 
@@ -178,7 +206,7 @@ def test_a_setting_that_wins_beyond_the_scatter_is_kept():
     outcome, _ = outcome_of({128: repeat(2.0), 64: repeat(1.0)}, [Tile(64)])
 
     assert outcome.is_gain
-    assert tune.gains([outcome]) == {outcome.key: {"block": 64}}
+    assert tune.gains([outcome]) == {outcome.key: {"block": 64, "num_warps": 4}}
 
 
 def test_a_setting_that_wins_within_the_scatter_is_not_kept():
@@ -190,13 +218,14 @@ def test_a_setting_that_wins_within_the_scatter_is_not_kept():
     assert tune.gains([outcome]) == {}
 
 
-def test_a_setting_too_large_for_the_device_is_passed_over():
+@pytest.mark.parametrize("kind", ["shared memory", "cooperative launch"])
+def test_a_setting_too_large_for_the_device_is_passed_over(kind):
     from triton.runtime.errors import OutOfResources
 
     def measure(run):
         time = run()
         if time < 1:
-            raise OutOfResources(2, 1, "shared memory")
+            raise OutOfResources(2, 1, kind) if kind == "shared memory" else RuntimeError(kind)
         return time
 
     run = launches("linear", {128: 2.0, 64: 0.5}, [])
@@ -221,6 +250,7 @@ def run_tune(*arguments):
 @pytest.fixture
 def toy_cases(monkeypatch):
     """One tunable kernel, whose candidate does less than its heuristic."""
+    monkeypatch.setattr(_launch, "_adopted", {})
 
     def work():
         setting = choose("toy", device_of(torch.device("cpu")), {"N": 10}, Tile(block=2000000))
@@ -240,11 +270,11 @@ def test_the_command_writes_settings_that_choose_honours(toy_cases, monkeypatch,
     assert status == 0
     record = json.loads(path.read_text())
     assert record["device"] == "interpreter"
-    assert record["settings"] == {"toy/N=16": {"block": 1}}
+    assert record["settings"] == {"toy/N=16": {"block": 1, "num_warps": 4}}
     assert {"versions", "command", "utc"} < record.keys()
     assert "toy (N=10): " in capsys.readouterr().out
     use_settings(monkeypatch, path)
-    assert choose("toy", INTERPRETER, {"N": 10}, Tile()) == Tile(block=1)
+    assert choose("toy", INTERPRETER, {"N": 10}, Tile(), lambda: [Tile(1)]) == Tile(block=1)
 
 
 def test_the_command_says_when_there_is_nothing_to_tune_on(monkeypatch, capsys):

@@ -7,6 +7,11 @@ import triton
 import triton.language as tl
 
 from tokencache_kernels.backends.triton._launch import CompileCase
+from tokencache_kernels.backends.triton.attention import (
+    AttentionSetting,
+    _attention_kernel,
+)
+from tokencache_kernels.backends.triton.attention import _compile_case as attention_case
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -104,6 +109,9 @@ def compile_cases(device):
     yield _matmul("oversized", (128, 128, 64), num_stages=8)
     yield _matmul("two warps", (64, 32, 64), num_warps=2)
     yield _matmul("unaligned", (128, 128, 64), aligned=False)
+    # the package's own kernel, with the second loop that made the assembler serialise it
+    serial = AttentionSetting(128, 64, 8, 3, branches=False)
+    yield attention_case(_attention_kernel, 64, "bf16", False, serial)
     yield CompileCase(
         _outer_sum_kernel,
         "without tensor cores",

@@ -63,9 +63,18 @@ class GemmSetting(GemmTile):
     split_k: int = 1
     in_library: bool = False
 
+    def num_splits(self, num_steps: int) -> int:
+        """The programs that share a tile of that many steps: every one must have a step."""
+        return min(self.split_k, num_steps)
 
-# the rate at which a tile of that size keeps the cores busy, against the largest (estimates)
-_RATES = {128 * 256: 1.0, 128 * 128: 0.9, 64 * 128: 0.75, 64 * 64: 0.55}
+
+# multiply-adds of 16-bit operands that one multiprocessor does in a clock, by architecture
+_PRODUCTS_PER_CLOCK = {80: 1024, 90: 2048, 100: 4096}
+# bytes that reach one multiprocessor from the L2 in a clock: its share when all of them read, and
+# its own limit. Assumed, not measured
+_L2_BYTES, _PORT_BYTES = 34, 64
+# the share of the tensor cores' rate that a tile of that size can keep up by itself (assumed)
+_RATES = {128 * 256: 1.0, 64 * 256: 0.9, 128 * 128: 0.9, 64 * 128: 0.75, 64 * 64: 0.55}
 
 
 @cache
@@ -85,8 +94,7 @@ def gemm_settings(
 ) -> list[GemmSetting]:
     """Every setting worth trying: all tiles, whole or split while each part keeps some depth.
 
-    The wide tile stays whole: where tiles are few, a smaller one serves, and adding up the parts of
-    a wide one does not fit in the registers.
+    The wide tile is split on Hopper alone: elsewhere its parts do not fit in the registers.
     """
     tiles = gemm_tiles(device.arch, itemsize)
     if in_features % 8 or out_features % 8:
@@ -96,7 +104,8 @@ def gemm_settings(
     return [
         GemmSetting(**vars(tile), split_k=split_k)
         for tile in tiles
-        for split_k in ((1, *splits) if tile.block_n <= MAX_EPILOGUE_COLS.value else (1,))
+        for split_k in (1, *splits)
+        if split_k == 1 or tile.block_n <= MAX_EPILOGUE_COLS.value or device.arch == 90
     ]
 
 
@@ -108,34 +117,49 @@ def gemm_heuristic(
 
     def time(setting: GemmSetting) -> float:
         problem = (num_rows, out_features, in_features)
-        return estimate(setting, setting.split_k, device.num_sms, *problem)
+        return estimate(setting, setting.split_k, device, itemsize, *problem)
 
     return min(gemm_settings(device, itemsize, out_features, in_features), key=time)
 
 
 def estimate(
-    tile: GemmTile, split_k: int, num_sms: int, num_rows: int, out_features: int, in_features: int
+    tile: GemmTile,
+    split_k: int,
+    device: Device,
+    itemsize: int,
+    num_rows: int,
+    out_features: int,
+    in_features: int,
 ) -> float:
-    """Time in multiply-adds of one multiprocessor: whole waves of programs, each as deep as it is.
+    """The clocks that a product takes: the longer of its multiply-adds and of its copies.
 
-    Start and end of a program cost as much as some 200 steps of k; so does writing or reading one
-    part of a split tile, which goes through the L2. Arithmetic, not a measurement.
+    Programs run in whole waves, each as deep as it is. All of them read their rows and weights
+    from the L2, which serves all multiprocessors together and each by its port. Start and end of a
+    program cost as much as some 200 steps of k. So does writing or reading one part of a split
+    tile. Arithmetic, not a measurement.
     """
     area = tile.block_m * tile.block_n
     programs = tile.num_tiles(num_rows, out_features) * split_k
+    waves = ceil(programs / device.num_sms)
     depth = in_features / split_k + 200
     if split_k > 1:
-        depth += 200 * (1 + split_k)
-    return ceil(programs / num_sms) * area * depth / _RATES[area]
+        depth += 200 * split_k
+    products = 128 if itemsize == 4 else _PRODUCTS_PER_CLOCK.get(device.arch, 512)
+    copied = (tile.block_m + tile.block_n) * itemsize
+    return depth * max(
+        waves * area / (products * _RATES[area]),
+        programs * copied / (_L2_BYTES * device.num_sms),
+        waves * copied / _PORT_BYTES,
+    )
 
 
 def split_buffers(
-    setting: GemmSetting, num_tiles: int, device: torch.device
+    setting: GemmSetting, num_splits: int, num_tiles: int, device: torch.device
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Where the programs of split tiles leave their parts and count themselves; None when whole."""
-    if setting.split_k == 1:
+    if num_splits == 1:
         return None, None
-    size = setting.split_k * num_tiles * setting.block_m * setting.block_n
+    size = num_splits * num_tiles * setting.block_m * setting.block_n
     partials = torch.empty(size, dtype=torch.float32, device=device)
     return partials, zeroed_counters(device, num_tiles)
 
@@ -186,19 +210,33 @@ def add_products(total, x_rows, weight_rows, begin, end, D_IN: tl.constexpr, BLO
 
 
 @triton.jit
-def multiply_rows(
-    x_rows, weight_rows,
-    D_IN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """sum_k x_rows[m][k] * weight_rows[n][k]."""
-    total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    return add_products(total, x_rows, weight_rows, 0, tl.cdiv(D_IN, BLOCK_K), D_IN, BLOCK_K)
+def prefetch_rows(rows):
+    """Ask the L2 for the first three 128-byte lines of each row: the first steps of a GEMM."""
+    if not INTERPRETED:
+        for line in tl.static_range(3):
+            tl.inline_asm_elementwise(
+                "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
+                "=r,l",
+                [rows + line * (128 * 8 // rows.dtype.element_ty.primitive_bitwidth)],
+                dtype=tl.int32,
+                is_pure=False,
+                pack=1,
+            )
 
 
 @triton.jit
-def count_steps(D_FEATURES: tl.constexpr, D_IN: tl.constexpr, BLOCK_K: tl.constexpr):
-    """How many steps of BLOCK_K columns a row has: features, then x, each with steps of its own."""
-    return tl.cdiv(D_FEATURES, BLOCK_K) + tl.cdiv(D_IN, BLOCK_K)
+def multiply_rows(
+    x_rows, weight_rows, num_steps,
+    D_IN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """sum_k x_rows[m][k] * weight_rows[n][k].
+
+    ``num_steps`` of BLOCK_K columns make D_IN. The count comes at run time: the compiler would
+    unroll a loop of a known one, to ten times the code.
+    """
+    tl.assume(num_steps * BLOCK_K > 0)
+    total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    return add_products(total, x_rows, weight_rows, 0, num_steps, D_IN, BLOCK_K)
 
 
 @triton.jit
@@ -211,7 +249,10 @@ def multiply_steps(
     columns at feature_rows; where that is None they begin at x_rows.
     """
     total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    if feature_rows is not None:
+    if feature_rows is None:
+        # a loop that might not run makes the assembler serialise every wgmma
+        tl.assume(begin * BLOCK_K < end * BLOCK_K)
+    else:
         steps = tl.cdiv(D_FEATURES, BLOCK_K)
         total = add_products(
             total, feature_rows, weight_rows,
@@ -225,45 +266,72 @@ def multiply_steps(
 
 
 @triton.jit
-def multiply_part(
+def multiply_tile(
     feature_rows, x_rows, weight_rows, partials_ptr, counters_ptr,
-    split_k,
+    num_steps, split_k,
     D_FEATURES: tl.constexpr, D_IN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Leave a part of the product in memory, and return whether all parts of the tile are there.
+    """This program's part of the product, and whether it is the one to finish the tile.
 
-    The grid is (tiles, split_k); the program that arrives last clears the counter for the next
-    launch.
+    Without ``partials`` the part is all. With them the grid is (tiles, split_k), each program
+    leaves its part in memory, and the one that arrives last finishes the tile, and clears the
+    counter for the next launch. ``split_k`` is at most ``num_steps``.
     """
-    tile = tl.program_id(0)
-    num_steps = count_steps(D_FEATURES, D_IN, BLOCK_K)
-    steps = tl.cdiv(num_steps, split_k)
-    begin = tl.program_id(1) * steps
-    end = tl.minimum(begin + steps, num_steps)
-    part = multiply_steps(
-        feature_rows, x_rows, weight_rows, begin, end,
-        D_FEATURES, D_IN, BLOCK_M, BLOCK_N, BLOCK_K,
-    )  # fmt: skip
-    place = (tl.program_id(1) * tl.num_programs(0) + tile).to(tl.int64) * BLOCK_M * BLOCK_N
-    offsets = tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
-    tl.store(partials_ptr + place + offsets, part)
-    # every thread has written before the one atomic that says so
-    tl.debug_barrier()
-    is_last = tl.atomic_add(counters_ptr + tile, 1, sem="acq_rel") == split_k - 1
-    if is_last:
-        tl.store(counters_ptr + tile, 0)
-    return is_last
+    if partials_ptr is None:
+        part = multiply_steps(
+            feature_rows, x_rows, weight_rows, 0, num_steps,
+            D_FEATURES, D_IN, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+        is_last = True
+    else:
+        tile = tl.program_id(0)
+        split = tl.program_id(1)
+        part = multiply_steps(
+            feature_rows, x_rows, weight_rows,
+            split * num_steps // split_k, (split + 1) * num_steps // split_k,
+            D_FEATURES, D_IN, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+        place = (split * tl.num_programs(0) + tile).to(tl.int64) * BLOCK_M * BLOCK_N
+        offsets = tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+        tl.store(partials_ptr + place + offsets, part)
+        # every thread has written before the one atomic that says so
+        tl.debug_barrier()
+        is_last = tl.atomic_add(counters_ptr + tile, 1, sem="acq_rel") == split_k - 1
+        if is_last:
+            tl.store(counters_ptr + tile, 0)
+    return part, is_last
+
+
+@triton.constexpr_function
+def count_pieces(is_split: bool, block_n: int, least: int = 1) -> int:
+    """Return in how many pieces a tile is finished: a split one in pieces of few columns.
+
+    A piece has at least ``least`` columns.
+    """
+    widest = max(MAX_EPILOGUE_COLS.value // 2, least)
+    return block_n // widest if is_split and block_n > widest else 1
 
 
 @triton.jit
-def sum_parts(partials_ptr, split_k, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The tile whose parts lie in memory, added in the order of k: every run has the same bits."""
-    offsets = tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
-    total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for split in range(split_k):
-        place = (split * tl.num_programs(0) + tl.program_id(0)).to(tl.int64) * BLOCK_M * BLOCK_N
-        total += tl.load(partials_ptr + place + offsets)
+def complete_piece(
+    part, partials_ptr, split_k, PIECE: tl.constexpr, PIECES: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """The columns of that piece of the tile; parts are added in the order of k, so that every run
+    has the same bits.
+    """
+    if partials_ptr is None:
+        total = part
+    else:
+        COLS: tl.constexpr = BLOCK_N // PIECES
+        cols = PIECE * COLS + tl.arange(0, COLS)
+        ptrs = partials_ptr + tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + cols[None, :]
+        # its own part too: keeping that would cost half of the registers, and so a second program
+        total = tl.zeros((BLOCK_M, COLS), dtype=tl.float32)
+        for split in range(split_k):
+            place = (split * tl.num_programs(0) + tl.program_id(0)).to(tl.int64)
+            total += tl.load(ptrs + place * BLOCK_M * BLOCK_N)
     return total
 
 
@@ -282,9 +350,24 @@ def add_bias(x, bias_ptr, cols, D_OUT: tl.constexpr):
 
 
 @triton.jit
-def _sigmoid(x):
-    """1 / (1 + exp(-x)); the power is kept from overflowing, which would tell nothing more."""
-    return 1.0 / (1.0 + tl.exp(tl.minimum(-x, 88.0)))
+def _reciprocal(x):
+    """1 / x for x at least 1, by the one instruction that approximates it to the last bit."""
+    if INTERPRETED:
+        x = 1.0 / x
+    else:
+        x = tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    return x
+
+
+@triton.jit
+def _sigmoid_of_bits(bits):
+    """1 / (1 + 2**-bits); exp would multiply by log2(e) and care for subnormal numbers first."""
+    if INTERPRETED:
+        # NumPy would warn of an overflow
+        bits = tl.maximum(bits, -126.0)
+    return _reciprocal(1.0 + tl.exp2(-bits))
 
 
 @triton.jit
@@ -293,10 +376,11 @@ def activate(x, ACTIVATION: tl.constexpr):
     if ACTIVATION == "gelu":
         x = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
     elif ACTIVATION == "gelu_tanh":
-        # 0.5 * (1 + tanh(u)) = sigmoid(2 * u), with u = sqrt(2 / pi) * (x + 0.044715 * x**3)
-        x = x * _sigmoid(1.5957691216057308 * x * (1.0 + 0.044715 * x * x))
+        # 0.5 * (1 + tanh(u)) = sigmoid(2 * u), with u = sqrt(2 / pi) * (x + 0.044715 * x**3);
+        # the factors are 2 * sqrt(2 / pi) * log2(e), and that times 0.044715
+        x = x * _sigmoid_of_bits(x * (2.302208198 + 0.10294324 * x * x))
     elif ACTIVATION == "silu":
-        x = x * _sigmoid(x)
+        x = x * _sigmoid_of_bits(1.4426950408889634 * x)
     return x
 
 
@@ -330,27 +414,30 @@ def store_activated(
 def store_scattered(
     total, bias_ptr, gate_ptr, indices_ptr, cache_ptr, rows, first_col,
     M, N, S,
-    stride_gb, stride_cb, stride_cn: tl.constexpr,
+    stride_gb, stride_ib, stride_cb, stride_cn: tl.constexpr,
     D_OUT: tl.constexpr, RESIDUAL: tl.constexpr,
 ):  # fmt: skip
     """cache[b, indices[b, s], c] = [old value +] [gate[b, c] *] (total[m, n] + bias[c]).
 
     Here b * S + s = rows[m] and c = first_col + n. An empty slot writes nothing.
     """
-    if total.shape[1] > MAX_EPILOGUE_COLS:
+    # gates and old values need registers of their own
+    WIDEST: tl.constexpr = MAX_EPILOGUE_COLS if gate_ptr is None else MAX_EPILOGUE_COLS // 2
+    if total.shape[1] > WIDEST:
         left, right = halve(total)
         store_scattered(
             left, bias_ptr, gate_ptr, indices_ptr, cache_ptr, rows, first_col,
-            M, N, S, stride_gb, stride_cb, stride_cn, D_OUT, RESIDUAL,
+            M, N, S, stride_gb, stride_ib, stride_cb, stride_cn, D_OUT, RESIDUAL,
         )  # fmt: skip
         store_scattered(
             right, bias_ptr, gate_ptr, indices_ptr, cache_ptr, rows, first_col + left.shape[1],
-            M, N, S, stride_gb, stride_cb, stride_cn, D_OUT, RESIDUAL,
+            M, N, S, stride_gb, stride_ib, stride_cb, stride_cn, D_OUT, RESIDUAL,
         )  # fmt: skip
     else:
         cols = first_col + tl.arange(0, total.shape[1])
         batch = (rows // S).to(tl.int64)
-        token = tl.load(indices_ptr + rows, mask=rows < M, other=-1)
+        slots = indices_ptr + batch * stride_ib + rows % S
+        token = tl.load(slots, mask=rows < M, other=-1)
         mask = ((token >= 0) & (token < N))[:, None] & (cols < D_OUT)[None, :]
         cache_rows = cache_ptr + batch * stride_cb + token.to(tl.int64) * stride_cn
         cache_ptrs = cache_rows[:, None] + cols[None, :]

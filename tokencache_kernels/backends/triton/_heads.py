@@ -6,7 +6,7 @@ that divides them all: the compiler must know that rows start at a multiple of 1
 the asynchronous copies, and 72 itself is no multiple of the 16 elements that a launch looks for.
 """
 
-from math import gcd
+from math import gcd, log
 
 import triton
 import triton.language as tl
@@ -17,6 +17,9 @@ from ._device import INTERPRETED
 
 # beyond it a block of rows of any kernel no longer fits the registers
 MAX_HEAD_DIM = 256
+# from powers of 2, which are one instruction, to those of e
+LN_2 = tl.constexpr(log(2))
+LOG2_E = tl.constexpr(1 / log(2))
 
 
 def split_head_dim(head_dim: int) -> tuple[int, int]:

@@ -5,7 +5,7 @@ import importlib
 import json
 import logging
 import pkgutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
@@ -94,35 +94,76 @@ def on_trial(kernel: str, setting: Any = None) -> Iterator[Trial]:
         _trial = None
 
 
-def choose(kernel: str, device: Device, problem: Mapping[str, int], heuristic: Setting) -> Setting:
+def choose(
+    kernel: str,
+    device: Device,
+    problem: Mapping[str, int],
+    heuristic: Setting,
+    candidates: Callable[[], Iterable[Setting]] = tuple,
+) -> Setting:
     """Return the setting tuned for this kernel, device and problem, else ``heuristic``.
 
     Args:
         kernel: the launcher's name.
-        device: where the launch runs.
+        device: of the launch.
         problem: the sizes that decide, rounded up to a power of two when looked up.
-        heuristic: a frozen dataclass; a tuned entry replaces the fields it names.
+        heuristic: a frozen dataclass.
+        candidates: the settings that may take its place at this problem. Another one is not
+            launched: nobody has compiled it, and it may not fit the device. A warning says so once.
 
     Raises:
-        ValueError: a file of launch settings cannot be read, or does not fit ``heuristic``.
+        ValueError: a file of launch settings cannot be read, or an entry is not a whole setting.
     """
     if _trial is not None and _trial.kernel == kernel:
         return _trial.choose(problem_key(kernel, problem), heuristic)
     entries = tuned(device.name, settings.launch_settings_path())
-    if not entries:
+    if not entries and not _adopted:
         return heuristic
     key = problem_key(kernel, problem)
-    if key not in entries:
+    if key in _adopted:
+        setting: Setting = _adopted[key]
+        source = "this process"
+    elif key in entries:
+        path, fields = entries[key]
+        setting, source = _whole_setting(kernel, key, path, fields, heuristic), str(path)
+    else:
         return heuristic
-    source, fields = entries[key]
-    for name, value in fields.items():
-        wanted = type(getattr(heuristic, name, None))
-        if type(value) is not wanted:
-            raise ValueError(
-                f"{kernel}: the launch settings in {source} must replace fields of "
-                f"{describe_setting(heuristic)}, got {name}={value!r} for {key}"
-            )
-    return dataclasses.replace(heuristic, **fields)  # type: ignore[type-var]
+    if setting == heuristic or setting in candidates():
+        return setting
+    _warn_of_stranger(key, source, describe_setting(setting))
+    return heuristic
+
+
+# what was tuned in this process, by problem
+_adopted: dict[str, Any] = {}
+
+
+def adopt(key: str, setting: Any) -> None:
+    """Launch a problem with this setting from now on, in this process."""
+    _adopted[key] = setting
+
+
+def _whole_setting(
+    kernel: str, key: str, path: Path, fields: Mapping[str, Any], heuristic: Setting
+) -> Setting:
+    wanted = vars(heuristic)
+    if fields.keys() == wanted.keys():
+        strange = [name for name in fields if type(fields[name]) is not type(wanted[name])]
+    else:
+        strange = sorted(fields.keys() ^ wanted.keys())
+    if strange:
+        raise ValueError(
+            f"{kernel}: the launch settings in {path} must give all fields of a setting such as "
+            f"{describe_setting(heuristic)}, got {dict(fields)} for {key}: see {strange[0]!r}"
+        )
+    return type(heuristic)(**fields)
+
+
+@cache
+def _warn_of_stranger(key: str, source: str, setting: str) -> None:
+    logger.warning(
+        "%s: the setting of %s (%s) is no candidate here: not used", key, source, setting
+    )
 
 
 def problem_key(kernel: str, problem: Mapping[str, int]) -> str:
@@ -135,7 +176,7 @@ def problem_key(kernel: str, problem: Mapping[str, int]) -> str:
 
 @cache
 def tuned(device_name: str, path: str | None) -> dict[str, tuple[Path, dict[str, Any]]]:
-    """What was tuned for a device, by problem: the file it stands in, and the fields it sets.
+    """What was tuned for a device, by problem: the file it stands in, and the setting's fields.
 
     Entries of the file at ``path`` go before the shipped ones. Each file is read once in a process.
     """
@@ -185,6 +226,7 @@ class CompileCase:
         max_registers: the launch's ``maxnreg``; None leaves it to the assembler.
         fuses_multiply_add: the launch's ``enable_fp_fusion``.
         is_gemm: whether it must use tensor cores and asynchronous copies.
+        copy_bytes: of each copy of a GEMM, at least. A narrow tile has fewer for each thread.
     """
 
     kernel: Any
@@ -198,6 +240,7 @@ class CompileCase:
     max_registers: int | None = None
     fuses_multiply_add: bool = True
     is_gemm: bool = False
+    copy_bytes: int = 16
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,17 @@ def piece_settings() -> list[TileSetting]:
     return [TileSetting.for_pieces(width) for width in (128, 256, 512, 1024)]
 
 
+def whole_row_candidates(width: int) -> list[TileSetting]:
+    """Settings worth trying for whole rows of this width: 8 to 32 channels a thread."""
+    block_d = TileSetting.for_whole_rows(width).block_d
+    return [
+        TileSetting(rows, block_d, num_warps)
+        for rows in (1, 2, 4, 8)
+        for num_warps in (1, 2, 4, 8, 16)
+        if 8 <= rows * block_d // (32 * num_warps) <= 32
+    ]
+
+
 def whole_row_settings() -> list[TileSetting]:
     """All that ``for_whole_rows`` may return."""
     return [TileSetting.for_whole_rows(1 << bits) for bits in range(6, MAX_WIDTH.bit_length())]

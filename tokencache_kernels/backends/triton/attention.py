@@ -18,6 +18,8 @@ from torch import Tensor
 
 from ._device import INTERPRETED, round_to
 from ._heads import (
+    LN_2,
+    LOG2_E,
     count_keys,
     expect_head_dim,
     load_tile,
@@ -30,17 +32,24 @@ from ._launch import INTERPRETER, CompileCase, Device, TuneCase, choose, device_
 
 # beyond it the running sums of a block of queries no longer fit the registers
 MAX_HEAD_DIM = 128
-LN_2 = tl.constexpr(log(2))
 
 
 @dataclass(frozen=True)
 class AttentionSetting:
-    """``block_m`` queries a program, over ``block_n`` keys a step."""
+    """``block_m`` queries a program, over ``block_n`` keys a step.
+
+    The last, partial block of keys is a branch with ``branches``, else a second loop.
+    """
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
+    branches: bool = False
+
+    def constants(self) -> dict[str, int]:
+        """The constexpr blocks of the kernel."""
+        return {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "BRANCHES": self.branches}
 
 
 def attention_settings(
@@ -54,9 +63,14 @@ def attention_settings(
         settings = [AttentionSetting(128, 32, 8, 3), AttentionSetting(64, 32, 8, 2)]
         # with the entropy's sums beside the output, the smaller tile spills on sm_86 and sm_89
         return settings[:1] if with_entropy else settings
-    settings = [AttentionSetting(128, 64, 8, 3), AttentionSetting(64, 32, 4, 3)]
+    # elsewhere the branch would spill
+    branches = device.arch == 90
+    settings = [
+        AttentionSetting(128, 64, 8, 3, branches),
+        AttentionSetting(64, 32, 4, 3, branches),
+    ]
     if device.arch == 90 and not with_entropy:
-        settings.insert(1, AttentionSetting(128, 128, 8, 2))
+        settings.insert(1, AttentionSetting(128, 128, 8, 2, branches))
     return settings
 
 
@@ -114,7 +128,7 @@ def _attend_head(
     stride_qb, stride_qs, stride_qh, stride_kb, stride_kn, stride_kh,
     stride_vb, stride_vn, stride_vh,
     UNIT: tl.constexpr, E: tl.constexpr, WIDTH: tl.constexpr, REST: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BRANCHES: tl.constexpr,
 ):  # fmt: skip
     """A block of queries of one head over all its keys; entropy_ptrs may be None."""
     is_query = queries < S
@@ -142,13 +156,22 @@ def _attend_head(
             num_keys, scale, stride_kn, stride_vn,
             WITH_MOMENT, True, E, WIDTH, REST, BLOCK_N,
         )  # fmt: skip
-    # at most once, but a loop: its loads are asynchronous, too, and need fewer registers
-    for first_key in range(num_whole, num_keys, BLOCK_N):
-        out, out_rest, peak, total, moment = _attend_block(
-            q, q_rest, out, out_rest, peak, total, moment, key_ptr, value_ptr, first_key,
-            num_keys, scale, stride_kn, stride_vn,
-            WITH_MOMENT, False, E, WIDTH, REST, BLOCK_N,
-        )  # fmt: skip
+    if BRANCHES:
+        # a second loop over the same accumulators makes the assembler serialise every wgmma
+        if num_whole < num_keys:
+            out, out_rest, peak, total, moment = _attend_block(
+                q, q_rest, out, out_rest, peak, total, moment, key_ptr, value_ptr, num_whole,
+                num_keys, scale, stride_kn, stride_vn,
+                WITH_MOMENT, False, E, WIDTH, REST, BLOCK_N,
+            )  # fmt: skip
+    else:
+        # at most once, but a loop: its loads are asynchronous, too, and need fewer registers
+        for first_key in range(num_whole, num_keys, BLOCK_N):
+            out, out_rest, peak, total, moment = _attend_block(
+                q, q_rest, out, out_rest, peak, total, moment, key_ptr, value_ptr, first_key,
+                num_keys, scale, stride_kn, stride_vn,
+                WITH_MOMENT, False, E, WIDTH, REST, BLOCK_N,
+            )  # fmt: skip
 
     # without any key: out 0, log-sum-exp -inf, entropy 0
     total = tl.where(num_keys > 0, total, 1.0)
@@ -171,7 +194,8 @@ def _store_tile(x, rows, is_row, FIRST: tl.constexpr, E: tl.constexpr):
     tl.store(rows[:, None] + cols[None, :], round_to(x, rows.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["N", "S"])
+# strides in units need not be multiples of 16, and that of packed queries depends on S
+@triton.jit(do_not_specialize=["N", "S", "stride_qb"])
 def _attention_kernel(
     query_ptr, key_ptr, value_ptr, lengths_ptr, out_ptr, lse_ptr, entropy_ptr,
     N, S, H,
@@ -179,7 +203,7 @@ def _attention_kernel(
     stride_qb, stride_qs, stride_qh, stride_kb, stride_kn, stride_kh,
     stride_vb, stride_vn, stride_vh,
     UNIT: tl.constexpr, E: tl.constexpr, WIDTH: tl.constexpr, REST: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BRANCHES: tl.constexpr,
 ):  # fmt: skip
     """out[b, s, h] = softmax(scores) @ value[b, :, h]; scores = query[b, s, h] @ key[b, :, h].T.
 
@@ -198,11 +222,12 @@ def _attention_kernel(
         S, H, count_keys(lengths_ptr, batch, N), scale,
         stride_qb, stride_qs, stride_qh, stride_kb, stride_kn, stride_kh,
         stride_vb, stride_vn, stride_vh,
-        UNIT, E, WIDTH, REST, BLOCK_M, BLOCK_N,
+        UNIT, E, WIDTH, REST, BLOCK_M, BLOCK_N, BRANCHES,
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["N", "S"])
+# strides in units need not be multiples of 16, and that of packed queries depends on S
+@triton.jit(do_not_specialize=["N", "S", "stride_qb"])
 def _attention_head_mean_kernel(
     query_ptr, key_ptr, value_ptr, lengths_ptr, out_ptr, lse_ptr, entropy_ptr,
     N, S, H,
@@ -210,7 +235,7 @@ def _attention_head_mean_kernel(
     stride_qb, stride_qs, stride_qh, stride_kb, stride_kn, stride_kh,
     stride_vb, stride_vn, stride_vh,
     UNIT: tl.constexpr, E: tl.constexpr, WIDTH: tl.constexpr, REST: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BRANCHES: tl.constexpr,
 ):  # fmt: skip
     """As ``_attention_kernel``, and entropy[b, s] = -sum_n p log p with p[n] = mean_h p[h, n].
 
@@ -227,7 +252,7 @@ def _attention_head_mean_kernel(
             S, H, num_keys, scale,
             stride_qb, stride_qs, stride_qh, stride_kb, stride_kn, stride_kh,
             stride_vb, stride_vn, stride_vh,
-            UNIT, E, WIDTH, REST, BLOCK_M, BLOCK_N,
+            UNIT, E, WIDTH, REST, BLOCK_M, BLOCK_N, BRANCHES,
         )  # fmt: skip
     # the log-sum-exps that one thread has written, another reads
     tl.debug_barrier()
@@ -248,7 +273,7 @@ def _attention_head_mean_kernel(
             head_rows = key_rows + head * stride_kh * UNIT
             scores = score_rows(q, q_rest, head_rows, E, WIDTH, REST, is_key)
             lse = tl.load(lse_ptr + (batch * H + head) * S + query)
-            total += tl.exp2(scores * scale - (lse / LN_2)[:, None])
+            total += tl.exp2(scores * scale - (lse * LOG2_E)[:, None])
         p = tl.where(is_key[None, :], total / H, 0.0)
         entropy -= tl.sum(p * tl.log2(tl.where(p > 0.0, p, 1.0)), axis=1) * LN_2
     tl.store(entropy_ptr + batch * S + queries, entropy, mask=is_query)
@@ -288,7 +313,8 @@ def _choose(name: str, query: Tensor, key: Tensor) -> AttentionSetting:
     settings = attention_settings(device, query.itemsize, E, name == "attention_with_entropy")
     is_full = ceil(S / settings[0].block_m) * B * H >= device.num_sms
     problem = {"S": S, "N": key.shape[1], "heads": B * H, "E": E, "bits": 8 * query.itemsize}
-    return choose(name, device, problem, settings[0] if is_full else settings[-1])
+    heuristic = settings[0] if is_full else settings[-1]
+    return choose(name, device, problem, heuristic, lambda: settings)
 
 
 def _launch(
@@ -318,8 +344,7 @@ def _launch(
         softmax_scale / log(2),
         *strides,
         UNIT=unit, E=E, WIDTH=width, REST=rest,
-        BLOCK_M=setting.block_m, BLOCK_N=setting.block_n,
-        num_warps=setting.num_warps, num_stages=setting.num_stages,
+        **setting.constants(), num_warps=setting.num_warps, num_stages=setting.num_stages,
     )  # fmt: skip
     return out, lse
 
@@ -328,6 +353,8 @@ def compile_cases(device: Device) -> Iterator[CompileCase]:
     """Every setting at the usual head dims; entropies and lengths together, as the heaviest."""
     for head_dim in (64, 72, 96, 128):
         for dtype, itemsize in (("bf16", 2), ("fp16", 2), ("fp32", 4)):
+            if dtype == "fp16" and device.arch != 90:
+                continue
             for with_entropy in (False, True):
                 if dtype == "bf16" or (with_entropy and head_dim in (72, 128)):
                     for setting in attention_settings(device, itemsize, head_dim, with_entropy):
@@ -363,14 +390,14 @@ def _compile_case(
             "E": head_dim,
             "WIDTH": width,
             "REST": rest,
-            "BLOCK_M": setting.block_m,
-            "BLOCK_N": setting.block_n,
-        },
+        }
+        | setting.constants(),
         # the strides, in their units, may be anything
         aligned=frozenset((*pointers, *optional)) if with_entropy else frozenset(pointers),
         num_warps=setting.num_warps,
         num_stages=setting.num_stages,
         is_gemm=dtype != "fp32",
+        copy_bytes=4 if rest else 16,
     )
 
 

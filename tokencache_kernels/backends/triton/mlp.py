@@ -61,13 +61,16 @@ def _signal(counter_ptr):
     tl.atomic_add(counter_ptr, 1, sem="release")
 
 
-@triton.jit(do_not_specialize=["M", "N", "S"])
+@triton.jit(
+    do_not_specialize=["M", "N", "S", "num_steps1", "num_steps2", "stride_ib"],
+    do_not_specialize_on_alignment=["indices_ptr"],
+)
 def _mlp_kernel(
     x_ptr, indices_ptr, shift_ptr, scale_ptr,
     fc1_weight_ptr, fc1_bias_ptr, fc2_weight_ptr, fc2_bias_ptr,
     rows_ptr, hidden_ptr, cache_ptr, counters_ptr,
-    M, N, S, eps,
-    stride_xb, stride_xn, stride_hb, stride_sb, stride_cb, stride_cn: tl.constexpr,
+    M, N, S, num_steps1, num_steps2, eps,
+    stride_xb, stride_xn, stride_ib, stride_hb, stride_sb, stride_cb, stride_cn: tl.constexpr,
     stride_w1: tl.constexpr, stride_w2: tl.constexpr,
     D: tl.constexpr, D_HIDDEN: tl.constexpr, ACTIVATION: tl.constexpr,
     BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
@@ -92,7 +95,8 @@ def _mlp_kernel(
     for piece in range(program, tl.cdiv(M, ROWS), num_programs):
         rows = piece * ROWS + tl.arange(0, ROWS)
         batch = (rows // S).to(tl.int64)
-        token = tl.load(indices_ptr + rows, mask=rows < M, other=-1).to(tl.int64)
+        slots = indices_ptr + batch * stride_ib + rows % S
+        token = tl.load(slots, mask=rows < M, other=-1).to(tl.int64)
         is_live = ((token >= 0) & (token < N))[:, None]
         x_rows = x_ptr + batch * stride_xb + token * stride_xn
         x = tl.load(x_rows[:, None] + offs_d, mask=is_live & mask_d, other=0.0).to(tl.float32)
@@ -120,7 +124,7 @@ def _mlp_kernel(
         total = multiply_rows(
             rows_ptr + tl.minimum(rows, M - 1).to(tl.int64) * D,
             weight_rows_at(fc1_weight_ptr, tile_n * BLOCK_N, stride_w1, D_HIDDEN, BLOCK_N),
-            D, BLOCK_M, BLOCK_N, BLOCK_K,
+            num_steps1, D, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
         store_activated(
             total, fc1_bias_ptr, None, hidden_ptr, rows, tile_n * BLOCK_N, M, D_HIDDEN, ACTIVATION
@@ -136,11 +140,11 @@ def _mlp_kernel(
         total = multiply_rows(
             hidden_ptr + tl.minimum(rows, M - 1).to(tl.int64) * D_HIDDEN,
             weight_rows_at(fc2_weight_ptr, tile_n * BLOCK_N, stride_w2, D, BLOCK_N),
-            D_HIDDEN, BLOCK_M, BLOCK_N, BLOCK_K,
+            num_steps2, D_HIDDEN, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
         store_scattered(
             total, fc2_bias_ptr, None, indices_ptr, cache_ptr, rows, tile_n * BLOCK_N,
-            M, N, S, 0, stride_cb, stride_cn, D, False,
+            M, N, S, 0, stride_ib, stride_cb, stride_cn, D, False,
         )  # fmt: skip
 
     # nobody waits any more once everyone is through: leave the counters as they were found
@@ -176,7 +180,8 @@ def mlp_(
     device = device_of(cache.device)
     heuristic = _heuristic(device, cache.itemsize, M, D, D_hidden)
     problem = {"M": M, "D": D, "H": D_hidden, "bits": 8 * cache.itemsize}
-    setting = choose("mlp_", device, problem, heuristic)
+    candidates = partial(_persistent_settings, device, cache.itemsize)
+    setting = choose("mlp_", device, problem, heuristic, candidates)
     is_plain_norm = norm.kind == "layer" and norm.weight is None and norm.bias is None
     vectors = [one for one in (shift, scale) if one is not None and one.dim() == 2]
     is_plain = is_plain_norm and len(vectors) == 2 and gate_weight is None
@@ -194,12 +199,12 @@ def mlp_(
     # the programs of the interpreter run one after the other: a second one would wait for ever
     num_programs = 1 if INTERPRETED.value else device.num_sms * setting.programs_per_sm
     _mlp_kernel[(num_programs,)](
-        hidden_states, indices.contiguous(), shift, scale,
+        hidden_states, indices, shift, scale,
         fc1_weight, fc1_bias, fc2_weight, fc2_bias,
         cache.new_empty(M, D), cache.new_empty(M, D_hidden), cache,
         zeroed_counters(cache.device, 1 + 2 * num_blocks),
-        M, N, S, norm.eps,
-        hidden_states.stride(0), hidden_states.stride(1),
+        M, N, S, ceil(D / setting.block_k), ceil(D_hidden / setting.block_k), norm.eps,
+        hidden_states.stride(0), hidden_states.stride(1), indices.stride(0),
         vectors[0].stride(0), vectors[1].stride(0),
         cache.stride(0), cache.stride(1), fc1_weight.stride(0), fc2_weight.stride(0),
         D=D, D_HIDDEN=D_hidden, ACTIVATION=activation,
@@ -221,24 +226,31 @@ def _heuristic(device: Device, itemsize: int, M: int, D: int, D_hidden: int) -> 
     """Three launches: they may split tiles where rows are few. The tile is for an override."""
 
     def time(setting: MlpSetting) -> float:
-        fc1 = estimate(setting, 1, device.num_sms, M, D_hidden, D)
-        return fc1 + estimate(setting, 1, device.num_sms, M, D, D_hidden)
+        fc1 = estimate(setting, 1, device, itemsize, M, D_hidden, D)
+        return fc1 + estimate(setting, 1, device, itemsize, M, D, D_hidden)
 
     best = min(_persistent_settings(device, itemsize), key=time)
     return replace(best, is_persistent=False)
 
 
 def _persistent_settings(device: Device, itemsize: int) -> list[MlpSetting]:
-    """Every tile; two programs of four warps fit everywhere, and fill the cores better than one."""
+    """Every tile; two programs of four warps fit everywhere, and fill the cores better than one.
+
+    Of the widest tile, the shared memory holds one.
+    """
     return [
-        MlpSetting(**vars(tile), is_persistent=True, programs_per_sm=8 // tile.num_warps)
+        MlpSetting(
+            **vars(tile),
+            is_persistent=True,
+            programs_per_sm=2 if tile.num_warps == 4 and tile.block_n <= 128 else 1,
+        )
         for tile in gemm_tiles(device.arch, itemsize)
     ]
 
 
 def compile_cases(device: Device) -> Iterator[CompileCase]:
-    """The persistent kernel with every tile and activation; float16: the heaviest activation."""
-    # many steps of k, so that the loops stay loops, and columns that no wide tile divides
+    """The persistent kernel with every tile; the heaviest activation and other dtypes, once."""
+    # columns that no wide tile divides
     D = 3200
     D_hidden = 4 * D
     names = (
@@ -246,9 +258,10 @@ def compile_cases(device: Device) -> Iterator[CompileCase]:
         "fc2_bias_ptr", "rows_ptr", "hidden_ptr", "cache_ptr",
     )  # fmt: skip
     strides = ("stride_xb", "stride_xn", "stride_hb", "stride_sb", "stride_cb")
-    for dtype, itemsize in (("bf16", 2), ("fp16", 2), ("fp32", 4)):
-        activations = ("gelu",) if dtype == "fp16" else ("none", "gelu", "gelu_tanh", "silu")
-        for setting, activation in product(_persistent_settings(device, itemsize), activations):
+    for dtype, itemsize in (("bf16", 2), ("fp16", 2), ("fp32", 4))[: 3 if device.arch == 90 else 1]:
+        settings = _persistent_settings(device, itemsize)
+        usual = product(settings if dtype == "bf16" else (), ("gelu_tanh",))
+        for setting, activation in ((settings[0], "gelu"), *usual):
             pointers = dict.fromkeys(names, f"*{dtype}")
             pointers |= {"indices_ptr": "*i32", "counters_ptr": "*i32"}
             block_d, num_rows = _row_piece(D, setting.block_m)
@@ -257,7 +270,8 @@ def compile_cases(device: Device) -> Iterator[CompileCase]:
                 variant=f"{activation} {dtype}",
                 setting=setting,
                 signature=pointers
-                | dict.fromkeys(("M", "N", "S", *strides), "i32")
+                | dict.fromkeys(("M", "N", "S", "num_steps1", "num_steps2", "stride_ib"), "i32")
+                | dict.fromkeys(strides, "i32")
                 | {"eps": "fp32"},
                 constexprs={
                     "stride_cn": D,
@@ -270,7 +284,7 @@ def compile_cases(device: Device) -> Iterator[CompileCase]:
                     "ROWS": num_rows,
                 }
                 | setting.constants(),
-                aligned=frozenset({*pointers, *strides}),
+                aligned=frozenset({*pointers, *strides} - {"indices_ptr"}),
                 num_warps=setting.num_warps,
                 num_stages=setting.num_stages,
                 is_gemm=dtype != "fp32",

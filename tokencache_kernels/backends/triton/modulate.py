@@ -5,6 +5,7 @@ the pass costs one packed row each on top of the sum.
 """
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import triton
 import triton.language as tl
@@ -13,7 +14,7 @@ from torch import Tensor
 from ..reference import RowNorm
 from ._device import await_previous, round_to
 from ._launch import CompileCase, Device, choose, device_of, early_start
-from ._tiles import TileSetting, piece_settings, whole_row_settings
+from ._tiles import TileSetting, piece_settings, whole_row_candidates, whole_row_settings
 
 # branches that one launch adds, alone and in a row pass, which has whole rows in registers; a
 # longer run takes several launches
@@ -60,7 +61,10 @@ def _sum_branches(
     total = tl.load(x_rows[:, None] + offs_d, mask=mask, other=0.0).to(tl.float32)
     for j in tl.static_range(len(branch_ptrs)):
         rows = branch_ptrs[j] + batch * strides_branch_b[j] + row * strides_branch_n[j]
-        branch = tl.load(rows[:, None] + offs_d, mask=mask, other=0.0).to(tl.float32)
+        # it is not read again before the next step: the L2 need not keep it
+        branch = tl.load(
+            rows[:, None] + offs_d, mask=mask, other=0.0, eviction_policy="evict_first"
+        ).to(tl.float32)
         if norm_eps[j] is not None:
             mean_square = tl.sum(branch * branch, axis=1) / D
             branch *= tl.rsqrt(mean_square + norm_eps[j])[:, None]
@@ -163,10 +167,13 @@ def add_branches(
     device = device_of(out.device)
     norms = branch_norms or (None,) * len(branches)
     if any(norms):
-        setting = choose("row_pass", device, {"D": D}, TileSetting.for_whole_rows(D))
+        candidates = partial(whole_row_candidates, D)
+        setting = choose("row_pass", device, {"D": D}, TileSetting.for_whole_rows(D), candidates)
         most = MAX_PASS_BRANCHES
     else:
-        setting = choose("add_branches", device, {"D": D}, TileSetting.for_pieces(D))
+        setting = choose(
+            "add_branches", device, {"D": D}, TileSetting.for_pieces(D), piece_settings
+        )
         most = MAX_BRANCHES
     grid = (triton.cdiv(N, setting.rows), triton.cdiv(D, setting.block_d), B)
     x = hidden_states
@@ -228,7 +235,10 @@ def _describe_norms(
     )
 
 
-@triton.jit(do_not_specialize=["N", "S", "K"])
+@triton.jit(
+    do_not_specialize=["N", "S", "K", "stride_ib"],
+    do_not_specialize_on_alignment=["indices_ptr"],
+)
 def _gather_modulate_kernel(
     x_ptr, indices_ptr, shift_ptr, scale_ptr, norm_weight_ptr, norm_bias_ptr, vector_index_ptr,
     out_ptr,
@@ -285,7 +295,8 @@ def gather_modulate(
         return out
     heuristic = TileSetting.for_whole_rows(D)
     device = device_of(out.device)
-    setting = choose("gather_modulate", device, {"D": D}, heuristic)
+    candidates = partial(whole_row_candidates, D)
+    setting = choose("gather_modulate", device, {"D": D}, heuristic, candidates)
     _gather_modulate_kernel[(triton.cdiv(S, setting.rows), B)](
         hidden_states, indices, shift, scale, norm.weight, norm.bias, vector_index, out,
         N, S, D, _count_vectors(vector_index, shift, scale), norm.eps, norm.weight_offset,
@@ -299,7 +310,10 @@ def gather_modulate(
     return out
 
 
-@triton.jit(do_not_specialize=["N", "S", "K"])
+@triton.jit(
+    do_not_specialize=["N", "S", "K", "stride_ib", "stride_pb"],
+    do_not_specialize_on_alignment=["indices_ptr", "positions_ptr"],
+)
 def _row_pass_kernel(
     x_ptr, branch_ptrs, gate_ptrs, norm_weight_ptrs, norm_offsets, norm_eps,
     indices_ptr, positions_ptr, shift_ptr, scale_ptr, norm_weight_ptr, norm_bias_ptr,
@@ -323,6 +337,9 @@ def _row_pass_kernel(
     mask_d = offs_d < D
     is_token = row < N
     is_slot = (row >= N) & (row < N + S)
+    # first of all: what follows waits for the rows anyway
+    position = tl.load(positions_ptr + batch * stride_pb + row, mask=is_token, other=-1)
+    index = tl.load(indices_ptr + batch * stride_ib + row - N, mask=is_slot, other=0)
 
     mask = is_token[:, None] & mask_d
     number = row
@@ -338,8 +355,6 @@ def _row_pass_kernel(
     out_rows = out_ptr + batch * stride_ob + row * stride_on
     tl.store(out_rows[:, None] + offs_d, out, mask=mask)
 
-    position = tl.load(positions_ptr + batch * stride_pb + row, mask=is_token, other=-1)
-    index = tl.load(indices_ptr + batch * stride_ib + row - N, mask=is_slot, other=0)
     is_fresh = (position >= 0) & (position < S)
     is_packed = is_fresh | (is_slot & ((index < 0) | (index >= N)))
     # most programs hold no selected token
@@ -392,7 +407,8 @@ def row_pass(
     some, some_gates = tuple(branches[num_before:]), tuple(gates[num_before:])
     heuristic = TileSetting.for_whole_rows(D)
     device = device_of(out.device)
-    setting = choose("row_pass", device, {"D": D}, heuristic)
+    candidates = partial(whole_row_candidates, D)
+    setting = choose("row_pass", device, {"D": D}, heuristic, candidates)
     _row_pass_kernel[(triton.cdiv(N + S, setting.rows), B)](
         x, some, some_gates, *_describe_norms(norms[num_before:]),
         indices, positions, shift, scale, norm.weight, norm.bias, vector_index, out, packed,
@@ -443,7 +459,9 @@ def compile_cases(device: Device) -> Iterator[CompileCase]:
             yield _case(kernel, "bf16", setting, num_branches=2, starts_early=True)
 
 
+# indices and positions of a layer begin where those of the layers before it end
 _UNALIGNED = {"N", "S", "K", "eps", "norm_offset", "norm_offsets", "norm_eps"}
+_UNALIGNED |= {"indices_ptr", "positions_ptr", "stride_ib", "stride_pb"}
 
 
 def _case(

@@ -8,6 +8,7 @@ happens in registers instead of in passes of its own.
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
+from math import ceil
 
 import torch
 import triton
@@ -19,14 +20,14 @@ from ._device import round_to
 from ._gemm import (
     MAX_EPILOGUE_COLS,
     GemmSetting,
+    complete_piece,
+    count_pieces,
     estimate,
     gemm_settings,
     gemm_tiles,
     halve,
-    multiply_part,
-    multiply_rows,
+    multiply_tile,
     split_buffers,
-    sum_parts,
     tile_at,
 )
 from ._launch import INTERPRETER, CompileCase, Device, TuneCase, choose, device_of
@@ -86,7 +87,7 @@ def _store_heads(
     D_OUT: tl.constexpr, E: tl.constexpr, BLOCK_E: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
     """out_rows[m][c] = total[m, n] + bias[c], normalised and rotated; c is the lane's column."""
-    if total.shape[1] > MAX_EPILOGUE_COLS and BLOCK_E == 1:
+    if total.shape[1] > MAX_EPILOGUE_COLS // 2 and BLOCK_E == 1:
         left, right = halve(total)
         _store_heads(
             left, bias_ptrs, norm_ptrs, cosine_rows, sine_rows, out_rows, is_row, part,
@@ -117,12 +118,15 @@ def _store_heads(
         tl.store(out_ptrs, out, mask=is_row[:, None] & is_col[None, :])
 
 
-@triton.jit(do_not_specialize=["B", "N", "S", "split_k"])
+@triton.jit(
+    do_not_specialize=["B", "N", "S", "num_steps", "split_k", "stride_ib"],
+    do_not_specialize_on_alignment=["indices_ptr"],
+)
 def _project_qkv_kernel(
     x_ptr, indices_ptr, weight_ptrs, bias_ptrs, norm_ptrs, cosine_ptr, sine_ptr,
     query_ptr, key_ptr, value_ptr, partials_ptr, counters_ptr,
-    B, N, S, split_k, eps,
-    stride_xb, stride_tb, stride_kb, stride_vb,
+    B, N, S, num_steps, split_k, eps,
+    stride_xb, stride_ib, stride_tb, stride_kb, stride_vb,
     stride_xn: tl.constexpr, stride_w: tl.constexpr, stride_tn: tl.constexpr,
     stride_kn: tl.constexpr, stride_vn: tl.constexpr,
     D_IN: tl.constexpr, H: tl.constexpr, E: tl.constexpr, BLOCK_E: tl.constexpr,
@@ -158,30 +162,25 @@ def _project_qkv_kernel(
     slot = (row % per_sample).to(tl.int64)
     token = slot
     if indices_ptr is not None:
-        token = tl.load(indices_ptr + row, mask=row < B * S, other=-1)
+        slots = indices_ptr + batch * stride_ib + slot
+        token = tl.load(slots, mask=is_query | (not ALL_KEYS), other=-1)
         if ALL_KEYS:
             token = tl.where(is_query, token, slot)
     is_live = (token >= 0) & (token < N)
     token = tl.where(is_live, token.to(tl.int64), 0)
-    source = token if ALL_KEYS else slot
-    x_rows = x_ptr + batch * stride_xb + source * stride_xn
+    if ALL_KEYS:
+        x_rows = x_ptr + batch * stride_xb + token * stride_xn
+    else:
+        x_rows = x_ptr + row.to(tl.int64) * stride_xn
 
     cols = _columns(first_lane + tl.arange(0, BLOCK_N), E, BLOCK_E)
     weight_ptr = _pick(weight_ptrs[0], weight_ptrs[1], weight_ptrs[2], part)
     weight_rows = weight_ptr + tl.minimum(cols, D_OUT - 1).to(tl.int64) * stride_w
-    if partials_ptr is None:
-        is_complete = True
-        total = multiply_rows(x_rows, weight_rows, D_IN, BLOCK_M, BLOCK_N, BLOCK_K)
-    else:
-        is_complete = multiply_part(
-            None, x_rows, weight_rows, partials_ptr, counters_ptr,
-            split_k, 0, D_IN, BLOCK_M, BLOCK_N, BLOCK_K,
-        )  # fmt: skip
-    if is_complete:
-        if partials_ptr is not None:
-            total = sum_parts(partials_ptr, split_k, BLOCK_M, BLOCK_N)
-        if ALL_KEYS:
-            total = tl.where(is_live[:, None], total, 0.0)
+    part_of_k, is_last = multiply_tile(
+        None, x_rows, weight_rows, partials_ptr, counters_ptr,
+        num_steps, split_k, 0, D_IN, BLOCK_M, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
+    if is_last:
         # offsets are chosen, not pointers: behind a branch the compiler forgets their alignment
         out_rows = _pick(query_ptr, key_ptr, value_ptr, part) + tl.where(
             is_query,
@@ -196,10 +195,17 @@ def _project_qkv_kernel(
             sine_rows = sine_ptr + batch * stride_tb + token * stride_tn
         # an empty slot has a query, which attention reads, and no key
         is_row = (rows < num_rows) & (is_live | is_query)
-        _store_heads(
-            total, bias_ptrs, norm_ptrs, cosine_rows, sine_rows, out_rows, is_row,
-            part, first_lane, eps, D_OUT, E, BLOCK_E, NORM,
-        )  # fmt: skip
+        PIECES: tl.constexpr = count_pieces(partials_ptr is not None, BLOCK_N, BLOCK_E)
+        for piece in tl.static_range(PIECES):
+            total = complete_piece(
+                part_of_k, partials_ptr, split_k, piece, PIECES, BLOCK_M, BLOCK_N
+            )
+            if ALL_KEYS:
+                total = tl.where(is_live[:, None], total, 0.0)
+            _store_heads(
+                total, bias_ptrs, norm_ptrs, cosine_rows, sine_rows, out_rows, is_row,
+                part, first_lane + piece * total.shape[1], eps, D_OUT, E, BLOCK_E, NORM,
+            )  # fmt: skip
 
 
 def project_qkv_(
@@ -230,20 +236,27 @@ def project_qkv_(
     parts = 2 if all_keys else 3
     heuristic = _heuristic(device, x.itemsize, num_rows, parts * lanes, D_in, block_e)
     problem = {"M": num_rows, "O": lanes, "K": D_in, "E": block_e, "bits": 8 * x.itemsize}
-    setting = choose("project_qkv_", device, problem, heuristic)
+    candidates = partial(_settings, device, x.itemsize, parts * lanes, D_in, block_e)
+    setting = choose("project_qkv_", device, problem, heuristic, candidates)
     num_tiles = setting.num_tiles(B * S, lanes) + 2 * setting.num_tiles(num_rows, lanes)
-    partials, counters = split_buffers(setting, num_tiles, x.device)
+    num_steps = ceil(D_in / setting.block_k)
+    num_splits = setting.num_splits(num_steps)
+    partials, counters = split_buffers(setting, num_splits, num_tiles, x.device)
+    if not all_keys:
+        # a stride that depends on S could make the compiler run again: packed rows need none
+        x = x.reshape(1, B * S, D_in)
     norm_tensors = None
     if norm is not None:
         weights, biases = (norm.query_weight, norm.key_weight), (norm.query_bias, norm.key_bias)
         norm_tensors = weights if norm.query_bias is None else weights + biases
     cosine, sine = (None, None) if rotary is None else rotary
-    _project_qkv_kernel[num_tiles, setting.split_k](
-        x, None if indices is None else indices.contiguous(),
+    _project_qkv_kernel[num_tiles, num_splits](
+        x, indices,
         tuple(weight), None if bias is None else tuple(bias), norm_tensors, cosine, sine,
         query, key_cache, value_cache, partials, counters,
-        B, N, S, setting.split_k, 0.0 if norm is None else norm.eps,
-        x.stride(0), 0 if cosine is None or cosine.dim() == 2 else cosine.stride(0),
+        B, N, S, num_steps, num_splits, 0.0 if norm is None else norm.eps,
+        x.stride(0) if all_keys else 0, 0 if indices is None else indices.stride(0),
+        0 if cosine is None or cosine.dim() == 2 else cosine.stride(0),
         key_cache.stride(0), value_cache.stride(0),
         x.stride(1), weight[0].stride(0), 0 if cosine is None else cosine.stride(-2),
         key_cache.stride(1), value_cache.stride(1),
@@ -262,7 +275,7 @@ def _heuristic(
 
     def time(setting: GemmSetting) -> float:
         problem = (num_rows, out_features, in_features)
-        return estimate(setting, setting.split_k, device.num_sms, *problem)
+        return estimate(setting, setting.split_k, device, itemsize, *problem)
 
     return min(_settings(device, itemsize, out_features, in_features, block_e), key=time)
 
@@ -280,7 +293,7 @@ def _settings(
     widest = MAX_EPILOGUE_COLS.value
     fitting = [s for s in settings if s.block_n % block_e == 0 and s.block_n <= widest]
     narrowest = gemm_tiles(device.arch, itemsize)[-1]
-    low = replace(narrowest, block_m=32, block_n=block_e, num_stages=2)
+    low = replace(narrowest, block_m=32, block_n=block_e, num_warps=8, num_stages=2)
     return fitting or [GemmSetting(**vars(low))]
 
 
@@ -301,13 +314,15 @@ def compile_cases(device: Device) -> Iterator[CompileCase]:
     """Every setting that fits the heads of each variant; 2 stands for every number of splits."""
     strides = ("stride_xb", "stride_tb", "stride_kb", "stride_vb")
     for norm, is_rotated, H, E, all_keys, dtype in _COMPILED_VARIANTS:
+        if dtype == "fp16" and device.arch != 90:
+            continue
         # as in the launcher
         heads, width = (H, E) if is_rotated else (H * E, 1)
         block_e = triton.next_power_of_2(width)
         itemsize = 4 if dtype == "fp32" else 2
         table = "fp32" if is_rotated else None
         for setting in _settings(device, itemsize, heads * block_e, _COMPILED_D_IN, block_e):
-            if setting.split_k > 2:
+            if setting.split_k > (2 if dtype == "bf16" else 1):
                 continue
             part = "fp32" if setting.split_k > 1 else None
             types: dict[str, str | None] = {
@@ -325,7 +340,8 @@ def compile_cases(device: Device) -> Iterator[CompileCase]:
             if norm != "none":
                 signature["norm_ptrs"] = (f"*{dtype}",) * (4 if norm == "layer" else 2)
             pointers = frozenset(signature)
-            signature |= dict.fromkeys(("B", "N", "S", "split_k", *strides), "i32")
+            signature |= dict.fromkeys(("B", "N", "S", "num_steps", "split_k", "stride_ib"), "i32")
+            signature |= dict.fromkeys(strides, "i32")
             yield CompileCase(
                 kernel=_project_qkv_kernel,
                 variant=f"{norm} {H}x{E} {dtype}" + " rotary" * is_rotated + " all keys" * all_keys,
@@ -337,7 +353,7 @@ def compile_cases(device: Device) -> Iterator[CompileCase]:
                 | {"stride_tn": E, "D_IN": _COMPILED_D_IN}
                 | {"H": heads, "E": width, "BLOCK_E": block_e, "ALL_KEYS": all_keys, "NORM": norm}
                 | setting.constants(),
-                aligned=frozenset({*pointers, *strides}),
+                aligned=frozenset({*pointers, *strides} - {"indices_ptr"}),
                 num_warps=setting.num_warps,
                 num_stages=setting.num_stages,
                 is_gemm=dtype != "fp32",

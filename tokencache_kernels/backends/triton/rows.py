@@ -10,7 +10,10 @@ from ._launch import CompileCase, Device, choose, device_of
 from ._tiles import TileSetting, piece_settings
 
 
-@triton.jit(do_not_specialize=["B", "N", "S"])
+@triton.jit(
+    do_not_specialize=["B", "N", "S", "stride_ib"],
+    do_not_specialize_on_alignment=["indices_ptr"],
+)
 def _gather_rows_kernel(
     x_ptr, indices_ptr, out_ptr,
     B, N, S, D,
@@ -41,7 +44,7 @@ def gather_rows(hidden_states: Tensor, indices: Tensor) -> Tensor:
     if out.numel() == 0:
         return out
     heuristic = TileSetting.for_pieces(D)
-    setting = choose("gather_rows", device_of(out.device), {"D": D}, heuristic)
+    setting = choose("gather_rows", device_of(out.device), {"D": D}, heuristic, piece_settings)
     grid = (triton.cdiv(B * S, setting.rows), triton.cdiv(D, setting.block_d))
     _gather_rows_kernel[grid](
         hidden_states, indices, out,
@@ -52,11 +55,14 @@ def gather_rows(hidden_states: Tensor, indices: Tensor) -> Tensor:
     return out
 
 
-@triton.jit(do_not_specialize=["B", "N", "S"])
+@triton.jit(
+    do_not_specialize=["B", "N", "S", "stride_ib"],
+    do_not_specialize_on_alignment=["indices_ptr"],
+)
 def _scatter_rows_kernel(
     rows_ptr, indices_ptr, cache_ptr,
     B, N, S, D,
-    stride_rb, stride_rs, stride_ib, stride_cb, stride_cn,
+    gap_rb, stride_rs, stride_ib, stride_cb, stride_cn,
     ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """cache[b, indices[b, s]] = rows[b, s]; an empty slot writes nothing."""
@@ -69,7 +75,9 @@ def _scatter_rows_kernel(
     token = tl.load(slots, mask=batch < B, other=-1).to(tl.int64)
     is_live = (token >= 0) & (token < N)
     mask = is_live[:, None] & (offs_d < D)
-    source = rows_ptr + batch * stride_rb + slot * stride_rs
+    # of packed rows the gap is 0, whatever their number: a stride of S * D could be divisible by 16
+    # in one step and not in the next
+    source = rows_ptr + batch * gap_rb + row * stride_rs
     target = cache_ptr + batch * stride_cb + token * stride_cn
     values = tl.load(source[:, None] + offs_d, mask=mask, other=0.0)
     tl.store(target[:, None] + offs_d, values, mask=mask)
@@ -82,12 +90,13 @@ def scatter_rows_(cache: Tensor, indices: Tensor, rows: Tensor) -> None:
     if rows.numel() == 0:
         return
     heuristic = TileSetting.for_pieces(D)
-    setting = choose("scatter_rows_", device_of(cache.device), {"D": D}, heuristic)
+    setting = choose("scatter_rows_", device_of(cache.device), {"D": D}, heuristic, piece_settings)
     grid = (triton.cdiv(B * S, setting.rows), triton.cdiv(D, setting.block_d))
     _scatter_rows_kernel[grid](
         rows, indices, cache,
         B, N, S, D,
-        rows.stride(0), rows.stride(1), indices.stride(0), cache.stride(0), cache.stride(1),
+        rows.stride(0) - S * rows.stride(1), rows.stride(1), indices.stride(0),
+        cache.stride(0), cache.stride(1),
         ROWS=setting.rows, BLOCK_D=setting.block_d, num_warps=setting.num_warps,
     )  # fmt: skip
 
@@ -100,7 +109,11 @@ def compile_cases(device: Device) -> Iterator[CompileCase]:
                 (_gather_rows_kernel, ("x_ptr", "out_ptr")),
                 (_scatter_rows_kernel, ("rows_ptr", "cache_ptr")),
             ):
-                strides = [name for name in kernel.arg_names if name.startswith("stride_")]
+                strides = [
+                    name
+                    for name in kernel.arg_names
+                    if name.startswith(("stride_", "gap_")) and name != "stride_ib"
+                ]
                 yield CompileCase(
                     kernel=kernel,
                     variant=dtype,
@@ -108,9 +121,9 @@ def compile_cases(device: Device) -> Iterator[CompileCase]:
                     signature={
                         **dict.fromkeys(features, f"*{dtype}"),
                         "indices_ptr": "*i32",
-                        **dict.fromkeys(("B", "N", "S", "D", *strides), "i32"),
+                        **dict.fromkeys(("B", "N", "S", "D", "stride_ib", *strides), "i32"),
                     },
                     constexprs={"ROWS": setting.rows, "BLOCK_D": setting.block_d},
-                    aligned=frozenset((*features, "indices_ptr", "D", *strides)),
+                    aligned=frozenset((*features, "D", *strides)),
                     num_warps=setting.num_warps,
                 )

@@ -139,7 +139,7 @@ def _find_threshold(wanted, held_keys, keys_ptr, N, HOLDS_KEYS: tl.constexpr, BL
 
 
 @triton.jit(
-    do_not_specialize=["num_steps", "N", "max_fresh", "height", "width", "tile"],
+    do_not_specialize=["num_steps", "N", "max_fresh", "height", "width", "tile", "stride_fp"],
     # counts of another step: in a captured one, a kernel that is new could not be loaded
     do_not_specialize_on_alignment=["num_fresh_ptr"],
 )
@@ -255,7 +255,10 @@ def select_tokens_(
     return indices, positions
 
 
-@triton.jit(do_not_specialize=["N", "S"])
+@triton.jit(
+    do_not_specialize=["N", "S", "stride_ib"],
+    do_not_specialize_on_alignment=["indices_ptr"],
+)
 def _invert_indices_kernel(
     indices_ptr, positions_ptr,
     N, S,
@@ -308,7 +311,7 @@ def compile_cases(device: Device) -> Iterator[CompileCase]:
                 **dict.fromkeys(("N", "S", "stride_ib"), "i32"),
             },
             constexprs={"BLOCK": setting.block},
-            aligned=frozenset(("indices_ptr", "positions_ptr", "stride_ib")),
+            aligned=frozenset(("positions_ptr",)),
             num_warps=setting.num_warps,
         )
         for dtype in ("bf16", "fp32"):
@@ -335,7 +338,7 @@ def compile_cases(device: Device) -> Iterator[CompileCase]:
                         "BLOCK": setting.block,
                         "CHUNK": setting.chunk,
                     },
-                    aligned=frozenset((*pointers, *strides)),
+                    aligned=frozenset((*pointers, *strides)) - {"stride_fp"},
                     num_warps=setting.num_warps,
                     max_registers=setting.max_registers,
                     fuses_multiply_add=False,

@@ -8,7 +8,7 @@ order: no atomics, the same bits in every run. Norms and changes are one pass ov
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from math import ceil, gcd
+from math import ceil, gcd, log
 from typing import Any
 
 import torch
@@ -17,6 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ._heads import (
+    LN_2,
+    LOG2_E,
     count_keys,
     expect_head_dim,
     load_tile,
@@ -67,7 +69,7 @@ def entropy_setting(itemsize: int, head_dim: int) -> MapSetting:
     return MapSetting(64, 128, 8, 2) if head_dim <= 128 else MapSetting(64, 32, 4, 2)
 
 
-@triton.jit(do_not_specialize=["N", "S"])
+@triton.jit(do_not_specialize=["N", "S", "stride_qb"])
 def _log_sum_exp_kernel(
     query_ptr, key_ptr, lengths_ptr, lse_ptr,
     N, S, H, scale,
@@ -75,7 +77,10 @@ def _log_sum_exp_kernel(
     UNIT: tl.constexpr, E: tl.constexpr, WIDTH: tl.constexpr, REST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """lse[b, h, s] = log sum_n exp(scale * query[b, s, h] @ key[b, n, h]), n < lengths[b]."""
+    """lse[b, h, s] = log sum_n exp(scores[n]), scores of query[b, s, h], n < lengths[b].
+
+    The scale that comes here makes of a score the power of 2 that it means, as in all maps here.
+    """
     num_blocks = tl.cdiv(S, BLOCK_M)
     first_query = tl.program_id(0) % num_blocks * BLOCK_M
     pair = (tl.program_id(0) // num_blocks).to(tl.int64)
@@ -96,10 +101,11 @@ def _log_sum_exp_kernel(
         is_key = tl.arange(0, BLOCK_N) < num_keys - first_key
         scores = tl.where(is_key[None, :], scores, float("-inf"))
         new_peak = tl.maximum(peak, tl.max(scores, axis=1))
-        total = total * tl.exp(peak - new_peak) + tl.sum(tl.exp(scores - new_peak[:, None]), axis=1)
+        total *= tl.exp2(peak - new_peak)
+        total += tl.sum(tl.exp2(scores - new_peak[:, None]), axis=1)
         peak = new_peak
     # without any key: -inf
-    lse = peak + tl.log(tl.where(num_keys > 0, total, 1.0))
+    lse = (peak + tl.log2(tl.where(num_keys > 0, total, 1.0))) * LN_2
     queries = first_query + tl.arange(0, BLOCK_M)
     tl.store(lse_ptr + pair * S + queries, lse, mask=queries < S)
 
@@ -113,14 +119,14 @@ def _log_sum_exp(
     setting = _choose("log_sum_exp", map_settings(query.itemsize, E), query, S, B * H)
     _log_sum_exp_kernel[(ceil(S / setting.block_m) * B * H,)](
         query, key, key_lengths, lse,
-        key.shape[1], S, H, softmax_scale,
+        key.shape[1], S, H, softmax_scale / log(2),
         **_describe_heads(query, key),
         **setting.constants(), num_warps=setting.num_warps, num_stages=setting.num_stages,
     )  # fmt: skip
     return lse
 
 
-@triton.jit(do_not_specialize=["N", "S"])
+@triton.jit(do_not_specialize=["N", "S", "stride_qb", "stride_lb", "stride_lh"])
 def _attention_received_kernel(
     query_ptr, key_ptr, lse_ptr, out_ptr,
     N, S, H, scale,
@@ -129,7 +135,7 @@ def _attention_received_kernel(
     UNIT: tl.constexpr, E: tl.constexpr, WIDTH: tl.constexpr, REST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """out[b, h, n] = mean_s exp(scale * query[b, s, h] @ key[b, n, h] - lse[b, h, s])."""
+    """out[b, h, n] = mean_s exp(score[s] - lse[b, h, s]), score[s] of query[b, s, h] and key n."""
     num_blocks = tl.cdiv(N, BLOCK_M)
     # the programs of one head follow one another: they share its queries in the L2
     first_key = tl.program_id(0) % num_blocks * BLOCK_M
@@ -147,10 +153,11 @@ def _attention_received_kernel(
     for first_query in range(0, S, BLOCK_N):
         query_rows = rows_from(query_ptr, first_query, S, stride_qs * UNIT, BLOCK_N)
         queries = first_query + tl.arange(0, BLOCK_N)
-        # a query that does not exist gives nothing
-        lse = tl.load(lse_ptr + queries * stride_ls, mask=queries < S, other=float("inf"))
+        # the address is clamped: the load needs no predicate. A query that does not exist gives 0
+        lse = tl.load(lse_ptr + tl.minimum(queries, S - 1) * stride_ls) * LOG2_E
+        lse = tl.where(queries < S, lse, float("inf"))
         scores = score_rows(k, k_rest, query_rows, E, WIDTH, REST) * scale
-        received += tl.sum(tl.exp(scores - lse[None, :]), axis=1)
+        received += tl.sum(tl.exp2(scores - lse[None, :]), axis=1)
     keys = first_key + tl.arange(0, BLOCK_M)
     tl.store(out_ptr + pair * N + keys, received / S, mask=keys < N)
 
@@ -170,7 +177,7 @@ def attention_received(
     setting = _choose("attention_received", map_settings(query.itemsize, E), query, N, B * H)
     _attention_received_kernel[(ceil(N / setting.block_m) * B * H,)](
         query, key, lse, out,
-        N, S, H, softmax_scale,
+        N, S, H, softmax_scale / log(2),
         **_describe_heads(query, key),
         stride_lb=lse.stride(0), stride_lh=lse.stride(1), stride_ls=lse.stride(2),
         **setting.constants(), num_warps=setting.num_warps, num_stages=setting.num_stages,
@@ -178,7 +185,7 @@ def attention_received(
     return out
 
 
-@triton.jit(do_not_specialize=["N", "S"])
+@triton.jit(do_not_specialize=["N", "S", "stride_qb"])
 def _attention_entropy_kernel(
     query_ptr, key_ptr, lengths_ptr, lse_ptr, out_ptr,
     N, S, H, scale,
@@ -186,7 +193,7 @@ def _attention_entropy_kernel(
     UNIT: tl.constexpr, E: tl.constexpr, WIDTH: tl.constexpr, REST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """out[b, s] = -sum_n p log p, p[n] = mean_h softmax(scale * query[b, s, h] @ key[b, :, h])[n].
+    """out[b, s] = -sum_n p log p, p[n] = mean_h softmax(scores of query[b, s, h])[n].
 
     Without lse, the keys must fit into one block: their softmax is taken there.
     """
@@ -214,17 +221,17 @@ def _attention_entropy_kernel(
             scores = score_rows(q, q_rest, head_rows, E, WIDTH, REST) * scale
             scores = tl.where(is_key[None, :], scores, float("-inf"))
             if lse_ptr is None:
-                weights = tl.exp(scores - tl.max(scores, axis=1)[:, None])
+                weights = tl.exp2(scores - tl.max(scores, axis=1)[:, None])
                 p += weights / tl.sum(weights, axis=1)[:, None]
             else:
-                lse = tl.load(lse_ptr + (batch * H + head) * S + queries, mask=queries < S)
-                p += tl.exp(scores - lse[:, None])
+                lse = tl.load(lse_ptr + (batch * H + head) * S + tl.minimum(queries, S - 1))
+                p += tl.exp2(scores - (lse * LOG2_E)[:, None])
         p /= H
         total += tl.sum(p, axis=1)
-        moment += tl.sum(p * tl.log(tl.where(p > 0.0, p, 1.0)), axis=1)
+        moment += tl.sum(p * tl.log2(tl.where(p > 0.0, p, 1.0)), axis=1)
     # without any key: 0
     total = tl.where(num_keys > 0, total, 1.0)
-    entropy = tl.log(total) - moment / total
+    entropy = (tl.log2(total) - moment / total) * LN_2
     tl.store(out_ptr + batch * S + queries, entropy, mask=queries < S)
 
 
@@ -243,7 +250,7 @@ def attention_entropy(
     lse = None if is_whole else _log_sum_exp(query, key, key_lengths, softmax_scale)
     _attention_entropy_kernel[(ceil(S / setting.block_m) * B,)](
         query, key, key_lengths, lse, out,
-        N, S, query.shape[2], softmax_scale,
+        N, S, query.shape[2], softmax_scale / log(2),
         **_describe_heads(query, key),
         **setting.constants(), num_warps=setting.num_warps, num_stages=setting.num_stages,
     )  # fmt: skip
@@ -259,7 +266,8 @@ def _choose(
         (s for s in settings if ceil(num_rows / s.block_m) * num_maps >= device.num_sms),
         settings[-1],
     )
-    return choose(kernel, device, {"R": num_rows * num_maps, "E": query.shape[3]}, heuristic)
+    problem = {"R": num_rows * num_maps, "E": query.shape[3]}
+    return choose(kernel, device, problem, heuristic, lambda: settings)
 
 
 def _describe_heads(query: Tensor, key: Tensor) -> dict[str, int]:
@@ -369,6 +377,8 @@ def compile_cases(device: Device) -> Iterator[CompileCase]:
     float16 differs from bfloat16 in the type of its instructions alone.
     """
     head_dims = {"bf16": (64, 72, 96, 99, 128, 256), "fp16": (72,), "fp32": (72, 128)}
+    if device.arch != 90:
+        head_dims = {"bf16": (72, 128, 256), "fp32": (128,)}
     for dtype, E in ((dtype, E) for dtype, dims in head_dims.items() for E in dims):
         itemsize = 4 if dtype == "fp32" else 2
         for setting in map_settings(itemsize, E):
@@ -406,6 +416,7 @@ def _map_case(
         num_warps=setting.num_warps,
         num_stages=setting.num_stages,
         is_gemm=dtype != "fp32" and head_dim % 8 == 0,
+        copy_bytes=4 if rest else 16,
     )
 
 

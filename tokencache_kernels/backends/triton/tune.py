@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
@@ -36,12 +36,13 @@ from ._launch import (
     INTERPRETER,
     Device,
     TuneCase,
+    adopt,
     describe_setting,
     device_of,
     modules_with,
     on_trial,
 )
-from ._tiles import TileSetting, piece_settings
+from ._tiles import piece_settings, whole_row_candidates
 from .modulate import add_branches, gather_modulate, row_pass
 from .rows import gather_rows, scatter_rows_
 from .select import invert_indices
@@ -111,13 +112,7 @@ def tune_cases(device: Device) -> Iterator[TuneCase]:
         positions = invert_indices(indices, N)
         packed = gather_rows(x, indices)
         update = (out, x, (branch, branch), (gate, gate))
-        whole_rows = TileSetting.for_whole_rows(D)
-        shares = [
-            replace(whole_rows, rows=rows, num_warps=num_warps)
-            for rows in (1, 2, 4, 8)
-            for num_warps in (1, 2, 4, 8, 16)
-            if 8 <= rows * whole_rows.block_d // (32 * num_warps) <= 32
-        ]
+        shares = whole_row_candidates(D)
         modulation = (indices, shift, scale, RowNorm())
         for kernel, candidates, launch in (
             ("gather_rows", piece_settings(), partial(gather_rows, x, indices)),
@@ -147,8 +142,11 @@ def try_settings(case: TuneCase, measure: Callable[[Callable[[], object]], float
             try:
                 with on_trial(case.kernel, setting):
                     times[setting].append(measure(case.run))
-            except (OutOfResources, PTXASError):
-                # too large for this device; the heuristic's own setting has just run
+            except (OutOfResources, PTXASError, RuntimeError):
+                # too large for this device, or for a launch whose programs start together; the
+                # heuristic's own setting has just run
+                if setting == heuristic:
+                    raise
                 del times[setting]
                 num_failed += 1
         limit = MAX_RATIO * min(min(rounds) for rounds in times.values())
@@ -186,8 +184,16 @@ def _without_launches() -> Iterator[None]:
 
 
 def measure_on_gpu(run: Callable[[], object]) -> float:
-    """The median time in milliseconds, from GPU events, with a cold L2."""
-    milliseconds: float = do_bench(run, warmup=10, rep=50, return_mode="median")
+    """The median time in milliseconds of a captured call, from GPU events, with a cold L2.
+
+    A call from Python would count the gaps in which the GPU waits for the host.
+    """
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    milliseconds: float = do_bench(graph.replay, warmup=10, rep=50, return_mode="median")
     return milliseconds
 
 
@@ -199,11 +205,9 @@ def measure_on_cpu(run: Callable[[], object]) -> float:
 
 
 def gains(outcomes: Iterable[Outcome]) -> dict[str, dict[str, Any]]:
-    """What won, by problem: the fields that are not the heuristic's."""
+    """What won, by problem: the whole setting, whatever another size's heuristic would be."""
     return {
-        outcome.key: changed_fields(outcome.heuristic, outcome.best)
-        for outcome in outcomes
-        if outcome.is_gain
+        outcome.key: dataclasses.asdict(outcome.best) for outcome in outcomes if outcome.is_gain
     }
 
 
@@ -225,14 +229,6 @@ def make_record(
     }
 
 
-def changed_fields(heuristic: Any, best: Any) -> dict[str, Any]:
-    """The fields in which the two differ, as ``best`` has them."""
-    before = dataclasses.asdict(heuristic)
-    return {
-        name: value for name, value in dataclasses.asdict(best).items() if value != before[name]
-    }
-
-
 def describe_outcome(case: TuneCase, outcome: Outcome) -> str:
     """One line: the problem, its time before and after, and what made the difference."""
     before, after = outcome.before.median, outcome.after.median
@@ -247,6 +243,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``tune``."""
     parser.description = "Try the launch settings on this GPU, and write down those that win."
     parser.add_argument("--kernel", help="only kernels whose name contains this")
+    parser.add_argument("--problem", help="only problems whose label contains this, as M=416")
     parser.add_argument("--out", type=Path, help="the file of launch settings to write")
 
 
@@ -260,10 +257,13 @@ def run(options: argparse.Namespace) -> int:
     measure = measure_on_gpu if on_gpu else measure_on_cpu
     outcomes = []
     for case in find_cases(device):
-        if options.kernel is None or options.kernel in case.kernel:
+        if (options.kernel or "") in case.kernel and (options.problem or "") in case.label:
             compile_ahead(case)
             outcome = try_settings(case, measure)
             outcomes.append(outcome)
+            if outcome.is_gain:
+                # kernels that call this one are compared with it at its best
+                adopt(outcome.key, outcome.best)
             print(describe_outcome(case, outcome), flush=True)
     if not outcomes:
         print(f"tune: --kernel must be part of a tunable kernel's name, got {options.kernel!r}")
