@@ -15,7 +15,7 @@ NATIVE := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh c
 # the environment's cmake, ninja and clang-format go first
 export PATH := $(abspath $(VENV)/bin):$(PATH)
 
-.PHONY: demo setup build lint types test sanitize package compile-check bench gpu clean
+.PHONY: demo setup build lint types test sanitize package compile-check bench gpu gpu-ahead gpu-rest clean
 .NOTPARALLEL:
 
 demo: setup  # the main job: a trained model, dense and cached, side by side
@@ -49,7 +49,7 @@ types: setup
 	$(PY) -m mypy
 
 compile-check: setup  # every Triton kernel and launch setting, for every architecture; needs no GPU
-	$(PY) -m tokencache_kernels compile-report --arch all --check
+	$(PY) -m tokencache_kernels compile-report --arch all --check --cache build/compile-gate.json
 
 # pytest last: its summary is the last line
 test: lint types compile-check  # everything that needs no GPU
@@ -73,13 +73,18 @@ package: setup  # the wheel, by way of the sdist, in a fresh environment
 bench: setup
 	$(PY) -m pytest benchmarks --benchmark-only
 
-# On a machine with a GPU: the library, the whole suite there, the times; what fails in one stage
-# does not keep the next from being tried. It installs nothing: PY names a Python that has a CUDA
-# build of torch, Triton and pytest (make gpu PY=python3).
+# For fifteen minutes with a GPU: `make gpu-ahead` before, on any machine; then `make gpu`, which is
+# two calls of at most six minutes, the most valuable first; `make gpu-rest` if time is left. They
+# install nothing: PY names a Python that has a CUDA build of torch, Triton and pytest
+# (make gpu PY=python3); a wheel of diffusers in build/wheels is unpacked.
+gpu-ahead:
+	$(PY) -m benchmarks.lease ahead
+
 gpu:
-	failed=; for stage in build test kernels attention layers models; do \
-	  $(PY) -m benchmarks.gpu --stage $$stage --out build/gpu || failed="$$failed $$stage"; \
-	done; test -z "$$failed" || { echo "failed:$$failed"; exit 1; }
+	$(PY) -m benchmarks.lease first; first=$$?; $(PY) -m benchmarks.lease second && exit $$first
+
+gpu-rest:
+	$(PY) -m benchmarks.lease third
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

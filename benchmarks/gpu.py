@@ -47,7 +47,12 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, help="the folder for what is found")
     parser.add_argument("--budget", type=float, default=540, help="seconds; 540 if not given")
     parser.add_argument("--device", choices=("cuda", "cpu"), help="cuda where there is one")
-    parser.add_argument("--only", default="", help="cases with this in their name (op/shape/dtype)")
+    parser.add_argument(
+        "--only", default="", help="cases with one of these, between commas, in op/shape/dtype"
+    )
+    parser.add_argument("--no-compiled", action="store_true", help="leave torch.compile out")
+    parser.add_argument("--no-trace", action="store_true", help="time only, also no tuning")
+    parser.add_argument("--grace", type=float, default=GRACE_SECONDS, help=argparse.SUPPRESS)
     parser.add_argument("--commit", help="what is measured, where the tree has no git history")
     parser.add_argument("--rehearse", action="store_true", help="tiny inputs, few repeats")
     # how this process tells the one that works what it must know: since when, and until when
@@ -71,11 +76,15 @@ def supervise(options: argparse.Namespace) -> int:
     with (options.out / f"{options.stage}.log").open("a") as log:
         log.write(f"\n{now.isoformat(timespec='seconds')} {' '.join(sys.argv[1:])}\n")
         while True:
-            status = run_logged(command, log, deadline + GRACE_SECONDS)
+            status = run_logged(command, log, deadline + options.grace)
             if status is None:
                 say("the budget is spent: what was at work is left for another call", log)
                 at.unlink(missing_ok=True)
-                run_logged([*command, "--deadline", "0"], log, time.monotonic() + TABLE_SECONDS)
+                run_logged(
+                    [*command, "--deadline", "0"],
+                    log,
+                    time.monotonic() + min(TABLE_SECONDS, options.grace),
+                )
                 return 0
             if at.exists():
                 say(f"{record_death(at, status)}; another process goes on", log)

@@ -24,7 +24,16 @@ from . import cases, published, tune
 from .cases import OPS, Inputs, Op, Shape, bind
 from .profiling import list_kernels, measure_peak_bytes
 from .records import describe_run
-from .stages import GO_ON, MAX_SECONDS, Journal, Record, describe_error, in_time, work_through
+from .stages import (
+    GO_ON,
+    MAX_SECONDS,
+    Journal,
+    Record,
+    describe_error,
+    in_time,
+    is_wanted,
+    work_through,
+)
 from .summary import print_table
 from .timing import capture, summarise, time_in_turn
 
@@ -105,9 +114,10 @@ def run_stage(options: argparse.Namespace, deadline: float) -> int:
     found = list_cases(options.device, options.rehearse)
     for group in ([case for case in found if case.is_first], found):
         records = time_ops("kernels", group, options, deadline)
-        trace_ops([case for case in group if case.is_leading], options, deadline)
+        if not options.no_trace:
+            trace_ops([case for case in group if case.is_leading], options, deadline)
     status = has_failed(records)
-    if tune.can_tune(options):
+    if tune.can_tune(options) and not options.no_trace:
         status |= tune.run_stage(options, deadline)
     print_table(records)
     return status
@@ -126,7 +136,7 @@ def time_ops(
     ceilings = measure_all_ceilings(dtypes, options, journal)
     measure = partial(
         time_case, ceilings=ceilings, device=options.device, journal=journal,
-        rehearse=options.rehearse,
+        rehearse=options.rehearse, with_compiled=not (options.rehearse or options.no_compiled),
     )  # fmt: skip
     work_through(journal, found, in_time(measure, journal, deadline), deadline)
     return journal.records
@@ -134,7 +144,7 @@ def time_ops(
 
 def select_cases(found: Sequence[Case], options: argparse.Namespace) -> list[Case]:
     """Those that were asked for."""
-    return [case for case in found if options.only in "/".join(case.key.values())]
+    return [case for case in found if is_wanted(case.key, options.only)]
 
 
 def has_failed(records: list[Record]) -> int:
@@ -225,6 +235,7 @@ def time_case(
     device: torch.device,
     journal: Journal,
     rehearse: bool,
+    with_compiled: bool = False,
 ) -> Iterator[Record]:
     """A record for each contender; for one that fails, one with the error in place of times."""
     op, shape, dtype = case.op, case.shape, case.dtype
@@ -246,7 +257,7 @@ def time_case(
         run = prepare_run(calls, mode)
         return run, {**way.make_notes(), "peak_bytes": measure_peak_bytes(calls[0], device)}
 
-    ways = list_ways(op, dtype, device, case.is_leading and not rehearse)
+    ways = list_ways(op, dtype, device, case.is_leading and with_compiled)
     timed = time_ways(ways, prepare, len(sets), case.key, common, device, journal, rehearse)
     yield from add_shares(timed, ceilings[dtype])
 

@@ -38,7 +38,7 @@ from .kernels import (
     time_ways,
 )
 from .records import describe_run
-from .stages import Journal, Record, in_time, work_through
+from .stages import Journal, Record, in_time, is_wanted, work_through
 
 # a tenth of the tokens fresh and more: DiT-XL/2, and all tokens of FLUX
 LEADING = (
@@ -405,8 +405,10 @@ def run_stage(options: argparse.Namespace, deadline: float) -> int:
     cases = [
         case
         for case in list_cases(options.device, options.rehearse)
-        if options.only in "/".join(case.key.values())
+        if is_wanted(case.key, options.only)
     ]
+    if options.no_compiled:
+        cases = [replace(case, is_compiled=False) for case in cases]
     # another process may be here for the table alone
     dtypes = {case.dtype for case in cases} if time.monotonic() < deadline else set()
     ceilings = measure_all_ceilings(dtypes, options, journal)

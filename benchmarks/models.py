@@ -38,7 +38,16 @@ from tokencache_kernels.policies import (
 
 from .kernels import has_failed, release_memory
 from .records import describe_run
-from .stages import MAX_SECONDS, Journal, Record, describe_error, in_time, work_through
+from .stages import (
+    FIRST_RUN,
+    MAX_SECONDS,
+    Journal,
+    Record,
+    describe_error,
+    in_time,
+    is_wanted,
+    work_through,
+)
 from .timing import capture, summarise, time_in_turn, time_parts
 
 if TYPE_CHECKING:
@@ -245,7 +254,7 @@ def run_stage(options: argparse.Namespace, deadline: float) -> int:
     cases = [
         case
         for case in list_cases(options.device, options.rehearse)
-        if options.only in "/".join(case.key.values())
+        if is_wanted(case.key, options.only)
     ]
     measure = in_time(partial(time_case, journal=journal), journal, deadline)
     work_through(journal, cases, measure, deadline)
@@ -392,11 +401,15 @@ def time_case(case: Case, journal: Journal) -> Iterator[Record]:
                 yield {**common, **contender.fields, "error": describe_error(error)}
         runs: dict[Contender, list[list[float]]] = {contender: [] for contender in calls}
         pipelines: dict[Contender, list[float]] = {contender: [] for contender in calls}
-        for _ in range(case.model.samples):
+        for sample in range(case.model.samples):
             for contender, call in calls.items():
                 _enter(journal, case, contender)
                 steps = list_calls(call, subject, case.model.num_steps)
                 runs[contender].append(time_parts(steps, case.device))
+                if sample == 0:
+                    # the case may never end: the machine goes away
+                    first = summarise([sum(runs[contender][0])])
+                    yield {**common, **contender.fields, "what": FIRST_RUN, **first}
                 if contender.mode == case.contenders[0].mode:
                     steps = list_steps(call, subject, case.model.num_steps)
                     pipelines[contender].append(sum(time_parts(steps, case.device)))

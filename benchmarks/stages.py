@@ -21,6 +21,8 @@ from .records import append_record, is_same_run, read_records
 MAX_SECONDS = 240
 # the exit status for another process to go on, because this one cannot, or should not
 GO_ON = 3
+# of a record that is there in case that its case never ends
+FIRST_RUN = "first_run"
 
 Record = dict[str, Any]
 
@@ -30,6 +32,12 @@ class Case(Protocol):
 
     @property
     def key(self) -> Record: ...
+
+
+def is_wanted(key: Record, only: str) -> bool:
+    """Whether one of the words between commas is in a case's name."""
+    name = "/".join(key.values())
+    return any(word in name for word in only.split(","))
 
 
 class Journal:
@@ -65,7 +73,10 @@ class Journal:
 
     def is_done(self, key: Record) -> bool:
         """Whether the case has been measured, or has failed as a whole."""
-        return any("error" not in r or "backend" not in r for r in self.of_case(key))
+        return any(
+            r.get("what") != FIRST_RUN and ("error" not in r or "backend" not in r)
+            for r in self.of_case(key)
+        )
 
     def failed(self, key: Record) -> set[tuple[str, str | None]]:
         """The contenders of the case that must not be tried again: (backend, mode or None)."""

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from .records import describe_run
-from .stages import Journal, Record
+from .stages import Journal, Record, is_wanted
 
 ROOT = Path(__file__).parents[1]
 # the most informative first
@@ -29,7 +29,11 @@ def run_stage(options: argparse.Namespace, deadline: float) -> int:
     facts = describe_run(options.device, options.commit, options.session)
     journal = Journal(options.out, "test", {**facts, "rehearsal": options.rehearse})
     files = ["tests/test_layering.py"] if options.rehearse else list_files()
-    todo = [f for f in files if options.only in f and not journal.is_done(make_key(f))]
+    todo = [
+        f
+        for f in files
+        if is_wanted(make_key(f), options.only) and not journal.is_done(make_key(f))
+    ]
     workers = min(MAX_WORKERS, max(os.cpu_count() // 2, 1))
     print(f"{len(todo)} files to run, {workers} at a time", flush=True)
     reports = options.out / "junit"

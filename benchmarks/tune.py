@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from .records import describe_run
-from .stages import Journal, Record, work_through
+from .stages import Journal, Record, is_wanted, work_through
 
 # where the stage ``install`` puts the records of what is in the file
 RECORDS = "benchmarks/results/tune.jsonl"
@@ -70,6 +70,6 @@ def run_stage(options: argparse.Namespace, deadline: float) -> int:
         path.write_text(json.dumps(content, indent=2) + "\n")
 
     cases = (Case(tuned) for tuned in tune.find_cases(device))
-    chosen = (case for case in cases if options.only in "/".join(case.key.values()))
+    chosen = (case for case in cases if is_wanted(case.key, options.only))
     work_through(journal, chosen, try_settings, deadline)
     return int(any("error" in record for record in journal.records))

@@ -40,7 +40,7 @@ def options(tmp_path, device):
     """Those of a rehearsal of one quick case, as a stage's own process sees them."""
     return Namespace(
         out=tmp_path, device=torch.device(device), only="gather_rows/tiny", commit="one",
-        rehearse=True, session="first",
+        rehearse=True, session="first", no_compiled=False, no_trace=False,
     )  # fmt: skip
 
 
