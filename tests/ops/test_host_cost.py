@@ -51,14 +51,14 @@ def count_python_calls(function):
     return count
 
 
-# what the calls took when this was written, and a few more
+# a third more than the calls took when this was written
 MOST = {
-    "gather_rows": 26,
-    "scatter_rows_": 33,
-    "linear": 30,
-    "linear_scatter_": 46,
-    "row_pass_": 66,
-    "select_tokens_": 40,
+    "gather_rows": 36,
+    "scatter_rows_": 44,
+    "linear": 40,
+    "linear_scatter_": 60,
+    "row_pass_": 100,
+    "select_tokens_": 50,
 }
 
 
