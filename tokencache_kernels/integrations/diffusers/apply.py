@@ -7,10 +7,11 @@ from typing import Any, Literal
 
 from torch import nn
 
+from ...backends.native.linear import drop_packed_weights
 from ...blocks import CudaCapture
 from ...errors import UnsupportedInputError, fail
 from ...models import SPECS, UNSUPPORTED, ModelSpec
-from ...policies import Policy
+from ...policies import Policy, StepTable
 from . import compat
 from .answering import TransformerAnswer, install, uninstall
 from .binding import Binding, bind
@@ -85,6 +86,11 @@ def apply_token_cache(
     if other is not None:
         fail("apply_token_cache", "transformer", "have no other cache", other)
     compat.refuse_shards(model)
+    if isinstance(policy, StepTable):
+        raise UnsupportedInputError(
+            "apply_token_cache: a StepTable carries the output of a whole model; apply it by "
+            "integrations.step_carrier.apply_step_table"
+        )
     _check_policy(policy, binding)
     capture = CudaCapture() if cuda_graphs else None
     if capture is not None:
@@ -182,6 +188,7 @@ def remove_token_cache(transformer: Any) -> None:
     """Take the policy off again and free its caches; without one this does nothing."""
     for module in _transformers(transformer):
         uninstall(module)
+        drop_packed_weights(module)
 
 
 def reset_token_cache(transformer: Any, *, release_memory: bool = False) -> None:
