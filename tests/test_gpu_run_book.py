@@ -123,7 +123,7 @@ def test_a_death_is_recorded_and_another_process_goes_on(monkeypatch, tmp_path):
         return (gpu.GO_ON, 0)[len(lives) - 2]
 
     monkeypatch.setattr(gpu, "run_logged", live)
-    options = Namespace(out=tmp_path, stage="kernels", budget=60)
+    options = Namespace(out=tmp_path, stage="kernels", budget=60, grace=20)
 
     assert gpu.supervise(options) == 0
 
@@ -144,7 +144,7 @@ def test_what_is_at_work_when_time_is_up_is_left_and_the_table_shown(monkeypatch
 
     monkeypatch.setattr(gpu, "run_logged", live)
 
-    assert gpu.supervise(Namespace(out=tmp_path, stage="kernels", budget=0)) == 0
+    assert gpu.supervise(Namespace(out=tmp_path, stage="kernels", budget=0, grace=20)) == 0
     # one to measure, one that has no time but to show what there is
     assert [command[-1] for command in lives[1:]] == ["0"]
     assert "is left for another call" in (tmp_path / "kernels.log").read_text()
@@ -404,7 +404,8 @@ def test_what_wins_is_always_in_the_file_and_not_tried_again(options, monkeypatc
 
     assert tune.run_stage(options, soon()) == 0
     settings = json.loads((options.out / "launch-settings.json").read_text())["settings"]
-    assert settings == {f"gather_rows/D={size}": {"rows": 2} for size in (16, 32)}
+    won = {"rows": 2, "block_d": 32, "num_warps": 4}
+    assert settings == {f"gather_rows/D={size}": won for size in (16, 32)}
 
     num_tried = len(tried)
     assert tune.run_stage(options, soon()) == 0

@@ -45,7 +45,7 @@ def test_a_rehearsal_records_runs_and_steps(rehearse):
     ours = [record for record in records if ours <= record.items()]
     by_kind = {r["what"]: r for r in ours}
     assert by_kind.keys() == {
-        "run", "run_with_scheduler", "full_step", "partial_step", "reuse_step"
+        "first_run", "run", "run_with_scheduler", "full_step", "partial_step", "reuse_step"
     }  # fmt: skip
     run = by_kind["run"]
     assert len(run["steps_ms"]) == len(run["steps_flops"]) == run["steps"]
