@@ -1,13 +1,23 @@
-"""One line on a diffusers transformer; the only place that imports diffusers' hooks."""
+"""One line on a diffusion transformer or its pipeline."""
 
-from .apply import apply_token_cache, remove_token_cache, reset_token_cache, token_cache_context
+from .apply import (
+    apply_token_cache,
+    register_model,
+    remove_token_cache,
+    reset_token_cache,
+    token_cache_context,
+)
 from .graphs import count_graph_steps
 from .modulation import precompute_modulation, remove_precomputed_modulation
+from .summary import CacheSummary, cache_summary
 
 __all__ = [
+    "CacheSummary",
     "apply_token_cache",
+    "cache_summary",
     "count_graph_steps",
     "precompute_modulation",
+    "register_model",
     "remove_precomputed_modulation",
     "remove_token_cache",
     "reset_token_cache",

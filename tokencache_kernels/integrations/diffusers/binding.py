@@ -72,10 +72,6 @@ class Binding:
         """The number of blocks of a stack."""
         return len(self.parts[stack.path])
 
-    def is_complete(self, stack: Stack, layer: int) -> bool:
-        """Whether a block has all parts that any block of its stack has."""
-        return len(self.parts[stack.path][layer]) == max(map(len, self.parts[stack.path]))
-
     def sites(self, stack: Stack, layer: int) -> tuple[Site, ...]:
         """The sites of a block, in the order in which they are computed."""
         sites: list[Site] = []

@@ -1,5 +1,6 @@
 """The token cache of one transformer: its runs by context and thread, and the call under way."""
 
+import logging
 import threading
 import weakref
 from collections.abc import Iterator, Mapping
@@ -15,18 +16,55 @@ from ...blocks import ResidualStream, Runner
 from ...cache import FeatureCache
 from ...errors import UnsupportedInputError
 from ...models.spec import Stack
-from ...policies import LayerGroup, Policy
+from ...policies import Action, LayerGroup, Policy, RunPlan
 from .attention_watch import Attention
 from .binding import Binding
 from .fused import find_refusal
 from .placement import Conditioning, Table, Tracker, read_conditioning, read_timestep
 
+logger = logging.getLogger(__name__)
+
 # the context of calls that name none
 _DEFAULT_CONTEXT = "default"
+# runs of one step in a row, behind which something is wrong
+_MAX_SHORT_RUNS = 3
 # a mask's -10000 is -9984 in bfloat16
 _DISCARDED = -9000
 # base scores that are taken from an attention's keys or values
 _ATTENTION_SCORES = ("attention_received", "value_norm")
+
+
+_STEP_KINDS = ("full", "partial", "reused", "skipped")
+
+
+@dataclass
+class Statistics:
+    """Counts since the cache was applied.
+
+    Attributes:
+        steps: calls by kind: all sites full, some tokens fresh, none fresh, or no block run.
+        fresh: tokens computed, over all sites.
+        tokens: tokens of all sites.
+    """
+
+    steps: dict[str, int] = field(default_factory=lambda: dict.fromkeys(_STEP_KINDS, 0))
+    fresh: int = 0
+    tokens: int = 0
+
+    def count(self, plan: RunPlan, index: int) -> None:
+        """Count a step that has ended."""
+        decisions = plan.decisions[index]
+        actions = {decision.action for decision in decisions.values()}
+        if Action.SKIP in actions:
+            kind = "skipped"
+        elif actions == {Action.FULL}:
+            kind = "full"
+        else:
+            kind = "reused" if actions <= {Action.REUSE} else "partial"
+        self.steps[kind] += 1
+        for group in plan.groups:
+            self.fresh += sum(decisions[site].num_fresh for site in group.sites)
+            self.tokens += group.num_tokens * len(group.sites)
 
 
 @dataclass(frozen=True)
@@ -52,6 +90,7 @@ class Pass:
         tracker: says where calls lie.
         conditioning: the tensors that tell its run from others.
         last_call: the number of its last call in its context.
+        num_steps: the steps of its run so far.
         streams: the residual streams of the call under way, by name.
         shown: the views of a joined stream that blocks have returned last.
         key_lengths: (B,) int32, the number of text tokens of each sample; None: all.
@@ -64,6 +103,7 @@ class Pass:
         self.tracker = Tracker(time_rises)
         self.conditioning = Conditioning({})
         self.last_call = 0
+        self.num_steps = 0
         self.streams: dict[str, ResidualStream] = {}
         self.shown: tuple[Tensor, ...] = ()
         self.key_lengths: Tensor | None = None
@@ -212,6 +252,8 @@ class Session:
         # all threads forget their runs when it grows
         self._generation = 0
         self._table: Table | None = None
+        self.statistics = Statistics()
+        self._num_short_runs = 0
         self._refusals: dict[tuple[str, int], str | None] = {}
         self.graphs: Any = None
         self.base_score = policy.selector.base_score
@@ -295,6 +337,8 @@ class Session:
         run.runner.place(place.index, place.total, place.begins)
         if place.begins:
             self._refusals.clear()
+            self._note_new_run(run)
+        run.num_steps += 1
         run.streams.clear()
         run.shown = ()
         threads.call = call = Call(run, given)
@@ -306,11 +350,26 @@ class Session:
             raise
         finally:
             threads.call = None
+        if call.is_ended and run.runner.plan is not None and run.runner.last_index is not None:
+            self.statistics.count(run.runner.plan, run.runner.last_index)
         if not call.is_ended:
             run.forget()
             raise UnsupportedInputError(
                 f"token cache: {spec.transformer} did not call its described blocks; the cache "
                 "cannot work on this model"
+            )
+
+    def _note_new_run(self, run: Pass) -> None:
+        """Warn once where every call begins a run, so that nothing is ever saved."""
+        self._num_short_runs = self._num_short_runs + 1 if run.num_steps == 1 else 0
+        run.num_steps = 0
+        if self._num_short_runs == _MAX_SHORT_RUNS:
+            logger.warning(
+                "token cache: %d runs of one step each: nothing is saved. A run is told by its "
+                "conditioning (%s) and by timesteps that do not turn back; name the caller by "
+                "token_cache_context(..., step_index=...) if that does not hold here.",
+                _MAX_SHORT_RUNS,
+                ", ".join(self.binding.spec.conditioning) or "none",
             )
 
     def _context(self, name: str) -> _Context:
@@ -352,17 +411,16 @@ class Session:
 
     def fuses(self, stack: Stack, layer: int, block: nn.Module) -> bool:
         """Whether a block is composed of sub-layers; asked anew in each run."""
-        if self.options.tier == "as_is":
-            return False
         key = stack.path, layer
         if key not in self._refusals:
-            parts = self.binding.parts[stack.path][layer]
-            self._refusals[key] = (
-                find_refusal(stack, parts, block)
-                if self.binding.is_complete(stack, layer)
-                else "it lacks a part that other blocks have"
-            )
+            self._refusals[key] = self.find_refusal(stack, layer, block)
         return self._refusals[key] is None
+
+    def find_refusal(self, stack: Stack, layer: int, block: nn.Module) -> str | None:
+        """Say why a block runs its own code around cached modules; None if it is composed."""
+        if self.options.tier == "as_is":
+            return "tier='as_is' was asked for"
+        return find_refusal(stack, self.binding.parts[stack.path][layer], block)
 
     def score(self, attention: Attention, lse: Tensor | None) -> Tensor:
         """The policy's base scores (B, N) of an attention's keys."""
