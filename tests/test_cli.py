@@ -57,3 +57,12 @@ def test_a_package_that_is_missing_is_named(monkeypatch, capsys):
     assert capsys.readouterr().err == (
         "tokencache info: it needs mlxtend, which is not installed\n"
     )
+
+
+def test_models_are_listed_with_their_tiers(capsys):
+    assert cli.main(["models"]) == 0
+
+    out = capsys.readouterr().out
+    assert "WanTransformer3DModel\n  blocks: attn1, attn2, ffn; fused" in out
+    assert "layers: attention, feed_forward; as is: the norm before attention" in out
+    assert "SanaTransformer2DModel: not supported" in out

@@ -13,7 +13,8 @@ PACKAGE = Path(tokencache_kernels.__file__).parent
 # a layer may import those before it
 LAYERS = [
     "version", "errors", "settings", "cache", "backends", "ops", "models", "policies", "blocks",
-    "integrations", "testing", "info", "plan", "demo", "cli", "__main__",
+    "integrations", "testing", "info", "plan", "demo", "commands", "cli",
+    "__main__",
 ]  # fmt: skip
 FILES = sorted(PACKAGE.rglob("*.py"))
 

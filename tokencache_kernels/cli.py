@@ -17,6 +17,7 @@ COMMANDS = {
     "compare": ("demo.compare", "measure the quality and time of all policies on the same seeds"),
     "calibrate": ("demo.calibrate", "find which steps to run for a budget, on the demo's model"),
     "info": ("info", "say what can run here, what cannot, and why"),
+    "models": ("commands.models", "list the described models, and how their blocks run"),
     "plan": ("plan", "show what a policy computes at each step, and the arithmetic it saves"),
     "train": ("demo.train_policy", "train a router or a predictor on the demo's model and digits"),
     "compile-report": (

@@ -1,0 +1,1 @@
+"""Subcommands of ``tokencache`` that belong to no other layer."""

@@ -1,0 +1,42 @@
+"""``tokencache models``: the described models, and how their blocks run in a partial step."""
+
+import argparse
+
+from ..models import SPECS, UNSUPPORTED, CrossAttention, JointAttention, Parallel, Stack
+from ..models.spec import Part
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Take no arguments."""
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print a line for each stack of blocks of each model."""
+    for name, spec in sorted(SPECS.items()):
+        print(name + (f" ({spec.notes})" if spec.notes else ""))
+        for stack in spec.stacks:
+            reason = find_refusal(stack)
+            tier = "fused" if reason is None else f"as is: {reason}"
+            modules = ", ".join(_name(part) for part in stack.parts)
+            print(f"  {stack.path}: {modules}; {tier}")
+    for name, reason in UNSUPPORTED.items():
+        print(f"{name}: not supported, {reason}")
+    print("A block that is fused runs as it is where something is put around its modules.")
+    return 0
+
+
+def find_refusal(stack: Stack) -> str | None:
+    """Say why the description keeps the blocks of a stack from being fused; None if it does not."""
+    for part in stack.parts:
+        if isinstance(part, Parallel) and part.gives_pair:
+            return "its attention takes image and text apart"
+        branches = (part.image, part.text) if isinstance(part, JointAttention) else (part,)
+        for branch in branches:
+            is_bare = isinstance(branch, CrossAttention) and branch.is_plain
+            if branch.norm is None and not is_bare:
+                return f"the norm before {_name(part)} is not described"
+    return None
+
+
+def _name(part: Part) -> str:
+    return part.fc2 if isinstance(part, Parallel) else part.module
