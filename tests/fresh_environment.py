@@ -49,6 +49,7 @@ reveal_type(tck.select_tokens)
 reveal_type(tck.ToCaConfig.preset)
 tck.gather_rows(x, "indices")
 """
+NAMES = "import tokencache_kernels as tck; print(*tck.__all__)"
 WITHOUT_TORCH = """
 import ctypes
 import sys
@@ -72,11 +73,14 @@ print(status, library.tokencache_error().decode())
 """
 
 
-def run(*command, **options):
+def run(*command, status=0, **options):
+    options = {"env": os.environ, **options}
+    # a path to the sources would come before what is installed
+    options["env"] = {k: v for k, v in options["env"].items() if k != "PYTHONPATH"}
     done = subprocess.run(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options
     )
-    assert done.returncode == 0, done.stdout
+    assert done.returncode == status, done.stdout
     return done.stdout
 
 
@@ -191,18 +195,18 @@ def find_python(version):
 def test_a_consumer_is_type_checked_against_the_wheel(fresh, kind, tmp_path):
     if kind != "pure":
         pytest.skip("the Python files of all wheels are the same")
-    (tmp_path / "consumer.py").write_text(CONSUMER)
+    names = run(fresh / "bin" / "python", "-c", NAMES, cwd=tmp_path).split()
+    assert len(names) > 30
+    (tmp_path / "consumer.py").write_text(CONSUMER + "".join(f"tck.{name}\n" for name in names))
 
-    done = subprocess.run(
-        [sys.executable, "-m", "mypy", "--strict", "--cache-dir", tmp_path / "cache",
-         "--python-executable", fresh / "bin" / "python", "consumer.py"],
-        cwd=tmp_path, capture_output=True, text=True,
-    )  # fmt: skip
+    printed = run(sys.executable, "-m", "mypy", "--strict", "--cache-dir", tmp_path / "cache",
+                  "--python-executable", fresh / "bin" / "python", "consumer.py",
+                  cwd=tmp_path, status=1)  # fmt: skip
 
-    said = done.stdout.splitlines()
-    assert "Tensor" in said[0], done.stdout
-    assert "-> tokencache_kernels.policies.toca.ToCaConfig" in said[1], done.stdout
-    assert 'incompatible type "str"; expected "Tensor"' in said[2], done.stdout
+    said = printed.splitlines()
+    assert "Tensor" in said[0], printed
+    assert "-> tokencache_kernels.policies.toca.ToCaConfig" in said[1], printed
+    assert 'incompatible type "str"; expected "Tensor"' in said[2], printed
     assert said[3:] == ["Found 1 error in 1 file (checked 1 source file)"]
 
 

@@ -8,20 +8,21 @@ from typing import TYPE_CHECKING, Any
 
 from .version import __version__
 
+# a name is exported to a type checker by its alias
 if TYPE_CHECKING:
-    from .errors import *  # noqa: F403
+    from .errors import *  # noqa: F403, I001
     from .ops import *  # noqa: F403
-    from .policies import (  # noqa: F401
-        DuCaConfig,
-        LearningToCacheConfig,
-        ToCaConfig,
-        TokenCacheConfig,
-        fora,
-        import_router,
-        load_predictor,
-        load_router,
-        random_tokens,
-        taylor_seer,
+    from .policies import (
+        DuCaConfig as DuCaConfig,
+        LearningToCacheConfig as LearningToCacheConfig,
+        ToCaConfig as ToCaConfig,
+        TokenCacheConfig as TokenCacheConfig,
+        fora as fora,
+        import_router as import_router,
+        load_predictor as load_predictor,
+        load_router as load_router,
+        random_tokens as random_tokens,
+        taylor_seer as taylor_seer,
     )
 
 _HOMES = {
