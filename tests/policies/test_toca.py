@@ -162,3 +162,14 @@ def test_the_cycles_and_the_full_steps_are_the_whole_run(total, interval):
 def test_a_wrong_setting_is_named(build, sentence):
     with pytest.raises(ValueError, match=sentence):
         build()
+
+
+@pytest.mark.parametrize(("name", "interval"), [("flux-1-dev", 4), ("opensora", 3)])
+def test_full_steps_are_evenly_spaced_where_no_token_is_fresh(name, interval):
+    policy = ToCaConfig.preset(name, fresh_ratio=0)
+    total = policy.num_inference_steps
+    site = Site("single", 0, "mlp")
+
+    full = [step for step in range(total) if policy.schedule.is_full(site, Step(step, total))]
+
+    assert full == list(range(0, total, interval))

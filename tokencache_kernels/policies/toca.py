@@ -76,6 +76,9 @@ class ToCaConfig:
             schedule = replace(schedule, mixed_steps=mixed_steps)
             if ratio == 0:
                 schedule = replace(schedule, slope=0.0, dense_window=None)
+        elif ratio == 0:
+            # without fresh tokens the published schedules have no warmup
+            schedule = replace(schedule, warmup=1, phase=0)
         selector: ScoreSelector | RandomSelector = (
             row.selector(staleness_weight=STALENESS_GAIN / interval)
             if seed is None
