@@ -141,7 +141,7 @@ class BlockAnswer:
             not is_full
             and session.fuses(self._stack, self._layer, block)
             and self._is_described(given)
-            and not torch.is_autocast_enabled(device)
+            and not (device != "meta" and torch.is_autocast_enabled(device))
         ):
             sources = read_sources(self._stack, block, given, hidden_states)
             if sources is not None:
