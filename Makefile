@@ -15,23 +15,30 @@ NATIVE := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh c
 # the environment's cmake, ninja and clang-format go first
 export PATH := $(abspath $(VENV)/bin):$(PATH)
 
-.PHONY: demo setup build lint types test sanitize package compile-check bench gpu gpu-ahead gpu-rest clean
+.PHONY: demo setup tools build lint types test sanitize package compile-check bench gpu gpu-ahead gpu-rest clean
 .NOTPARALLEL:
 
 demo: setup  # the main job: a trained model, dense and cached, side by side
 	$(VENV)/bin/tokencache demo
 
-setup: $(VENV)/.installed  # an environment with the package, editable, its library and every tool
+setup: $(VENV)/.installed  # an environment with the package, editable, its library and a demo
 
 $(VENV)/.installed: Makefile pyproject.toml setup.py CMakeLists.txt $(wildcard cmake/*) $(NATIVE)
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	@$(PY) -c "import sys; sys.exit(sys.version_info < (3, 10) and 'Python 3.10 or newer is needed')"
 	$(PY) -c "import torch" 2>/dev/null || $(PIP) "$(TORCH)"
 	$(PIP) "setuptools>=77" cmake ninja pybind11
-	$(PIP) --no-build-isolation --editable ".[demo,dev]" "$(TRITON)" "$(NUMPY)"
+	$(PIP) --no-build-isolation --editable ".[demo]" "$(TRITON)" "$(NUMPY)"
 	@# pip keeps to itself what setup.py says when it leaves the native library out
 	@$(PY) -c "import torch; from tokencache_kernels.backends import native; \
 	print('native library:', native.unavailable(torch.device('cpu'), torch.float32) or 'built')"
+	@touch $@
+
+tools: $(VENV)/.tools  # the linters, the test runner and the neighbours that the tests need
+
+$(VENV)/.tools: $(VENV)/.installed
+	@# the library lies there already
+	TOKENCACHE_SKIP_NATIVE=1 $(PIP) --no-build-isolation --editable ".[demo,dev]" "$(TRITON)" "$(NUMPY)"
 	@touch $@
 
 build: setup  # the native library alone, for work on csrc/
@@ -39,13 +46,13 @@ build: setup  # the native library alone, for work on csrc/
 	cmake --build build
 	cmake --install build --prefix .
 
-lint: setup
+lint: tools
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	clang-format --dry-run -Werror $(filter-out %.map,$(NATIVE)) tests/c_api/*.c tests/c_api/*.cpp examples/c_api/*.cpp \
 	  $(filter %.h %.cpp %.cu %.cuh,$(wildcard tests/cuda_emulator/* tests/cuda_emulator/*/*))
 
-types: setup
+types: tools
 	$(PY) -m mypy
 
 compile-check: setup  # every Triton kernel and launch setting, for every architecture; needs no GPU
@@ -57,7 +64,7 @@ test: lint types compile-check  # everything that needs no GPU
 
 # Python loads AddressSanitizer first; and libstdc++, whose exceptions it must find from the start.
 ASAN = $(foreach name,libasan.so libstdc++.so,$(shell $${CXX:-c++} -print-file-name=$(name)))
-sanitize: setup  # the C++ tests under ASan + UBSan and under TSan, the fuzz and CUDA's under ASan
+sanitize: tools  # the C++ tests under ASan + UBSan and under TSan, the fuzz and CUDA's under ASan
 	for preset in asan tsan; do \
 	  cmake --preset $$preset && cmake --build --preset $$preset && ctest --preset $$preset || exit 1; \
 	done
@@ -67,10 +74,10 @@ sanitize: setup  # the C++ tests under ASan + UBSan and under TSan, the fuzz and
 	LD_PRELOAD="$(ASAN)" ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 CXXFLAGS=-fsanitize=address \
 	  $(PY) -m pytest tests/backends/test_cuda_kernels.py -s
 
-package: setup  # the wheel, by way of the sdist, in a fresh environment
+package: tools  # the wheel, by way of the sdist, in a fresh environment
 	$(PY) -m pytest tests/fresh_environment.py
 
-bench: setup
+bench: tools
 	$(PY) -m pytest benchmarks --benchmark-only
 
 # For fifteen minutes with a GPU: `make gpu-ahead` before, on any machine; then `make gpu`, which is
@@ -88,4 +95,4 @@ gpu-rest:
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
-	rm -f tokencache_kernels/*.so $(VENV)/.installed
+	rm -f tokencache_kernels/*.so $(VENV)/.installed $(VENV)/.tools

@@ -4,6 +4,7 @@ import copy
 import pickle
 import threading
 
+import accelerate
 import pytest
 import torch
 from torch import nn
@@ -213,8 +214,6 @@ def test_layerwise_casting(name, order):
 
 @pytest.mark.parametrize("order", ["before", "after"])
 def test_model_offloading_that_puts_an_old_forward_back(name, order):
-    accelerate = pytest.importorskip("accelerate")
-
     class Noted(accelerate.hooks.ModelHook):
         pass
 
