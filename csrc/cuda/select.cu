@@ -282,7 +282,8 @@ __device__ uint32_t* keys_of(const SelectParams& p, const Part& part, int64_t st
   return reinterpret_cast<uint32_t*>(positions_of(p, part, step));
 }
 
-__global__ void __launch_bounds__(kThreads)
+// One block of it on a multiprocessor is enough: the compiler may use the registers that it needs.
+__global__ void __launch_bounds__(kThreads, 1)
     make_keys_kernel(SelectParams p, int parts, Workspace workspace, int64_t step) {
   const Part part(p, parts);
   Norm norm;

@@ -13,11 +13,12 @@ from ...errors import UnsupportedInputError, fail
 from ...models import SPECS, UNSUPPORTED, ModelSpec
 from ...policies import Policy, StepTable
 from . import compat
-from .answering import TransformerAnswer, install, uninstall
 from .binding import Binding, bind
 from .graphs import Graphs, check_transformer
+from .installing import install, uninstall
 from .interception import class_of, intercept_root, interceptor_of
 from .session import Options, Session
+from .transformer_answer import TransformerAnswer
 
 _registered: dict[str, ModelSpec] = {}
 
