@@ -4,6 +4,7 @@ Without a GPU a tape stands for CUDA: it runs again what was launched when the s
 the same tensors, and overwrites whatever a graph may not rely on.
 """
 
+import copy
 from functools import cache
 
 import pytest
@@ -359,6 +360,19 @@ def test_removing_the_cache_gives_the_model_back():
         count_graph_steps(model)
     apply_token_cache(model, constant(), cuda_graphs=True)
     assert torch.equal(call(model, inputs("dit", 0)), wanted)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_copy_captures_graphs_of_its_own(name):
+    plain, captured = twins(name, constant())
+    copied = copy.deepcopy(captured)
+
+    for step in range(3 * STEPS):
+        named = inputs(name, step)
+        assert torch.equal(call(copied, named), call(plain, named)), f"call {step}"
+
+    assert count_graph_steps(copied).replayed >= STEPS
+    assert count_graph_steps(captured) == GraphCounts()
 
 
 def test_the_output_is_not_overwritten_by_the_next_step():

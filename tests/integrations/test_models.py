@@ -268,6 +268,73 @@ def test_a_model_of_someones_own_takes_ten_lines():
     assert torch.equal(run_own(model), original)
 
 
+class WritingBlock(Block):
+    """Like ``Block``, but it writes into what its modules return."""
+
+    def forward(self, tokens, shift):
+        rows = self.norm(tokens) + shift[:, None]
+        attended = self.attention(rows, rows, rows, need_weights=False)[0]
+        tokens = attended.add_(tokens)
+        out = self.mlp(tokens)
+        out += tokens
+        return out
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_block_may_write_into_what_its_modules_return(mode):
+    torch.manual_seed(0)
+    model = Own().eval()
+    writing = copy.deepcopy(model)
+    for block in writing.layers:
+        block.__class__ = WritingBlock
+    for one in (model, writing):
+        apply_token_cache(one, policy(base_score="none"), spec=OWN)
+
+    with mode():
+        runs = [(run_own(model), run_own(writing)) for _ in range(2)]
+
+    for out, written in runs:
+        torch.testing.assert_close(written, out, rtol=1e-6, atol=1e-6)
+
+
+def test_a_block_that_begins_to_write_ends_the_run():
+    torch.manual_seed(0)
+    model, other = Own().eval(), Own().eval()
+    other.load_state_dict(model.state_dict())
+    for one in (model, other):
+        apply_token_cache(one, policy(base_score="none"), spec=OWN)
+    run_own(model)
+    forward = Block.forward
+    Block.forward = WritingBlock.forward
+    try:
+        with pytest.raises(NotImplementedError, match="wrote into a cached output"):
+            run_own(model)
+        again = run_own(model)
+    finally:
+        Block.forward = forward
+
+    torch.testing.assert_close(again, run_own(other), rtol=1e-6, atol=1e-6)
+
+
+class TakingAnything(Block):
+    """A block whose last argument has no name."""
+
+    def forward(self, tokens, *rest):
+        return super().forward(tokens, *rest)
+
+
+def test_arguments_without_a_name_are_passed_on():
+    torch.manual_seed(0)
+    model = Own().eval()
+    other = copy.deepcopy(model)
+    for block in other.layers:
+        block.__class__ = TakingAnything
+    for one in (model, other):
+        apply_token_cache(one, policy(base_score="none"), spec=OWN)
+
+    assert torch.equal(run_own(other), run_own(model))
+
+
 def test_an_undescribed_model_is_told_what_to_give():
     with pytest.raises(NotImplementedError, match=r"described by spec=ModelSpec\(...\), got Own"):
         apply_token_cache(Own(), policy())

@@ -1,8 +1,10 @@
 """The cache beside what other libraries put on a model: offloading, LoRA, compilation, copies."""
 
 import copy
+import gc
 import pickle
 import threading
+from types import SimpleNamespace
 
 import accelerate
 import pytest
@@ -144,6 +146,34 @@ def test_a_deep_copy_is_a_model_of_its_own(name):
 
     assert torch.equal(run(copied, name), run(changed, name))
     assert torch.equal(run(original, name, range(2, STEPS)), run(make(name), name)[2:])
+
+
+def test_a_copy_of_a_part_alone_is_the_plain_part(name):
+    model = make(name)
+    plain = FAMILIES[name].build()
+    seen = []
+    plain.transformer_blocks[0].register_forward_pre_hook(
+        lambda _, arguments, named: seen.append((arguments, named)), with_kwargs=True
+    )
+    run(plain, name, [0])
+    arguments, named = seen[0]
+
+    copied = copy.deepcopy(model.transformer_blocks[0])
+
+    with torch.no_grad():
+        got, wanted = (
+            block(*arguments, **named) for block in (copied, plain.transformer_blocks[0])
+        )
+    torch.testing.assert_close(got, wanted, rtol=0, atol=0)
+
+
+def test_a_part_and_its_model_copied_together_go_on_without_the_original(name):
+    model = make(name)
+    _, copied = copy.deepcopy([model.transformer_blocks[0], model])
+    del model
+    gc.collect()
+
+    assert torch.equal(run(copied, name), run(make(name), name))
 
 
 def test_a_pickle_keeps_the_policy(name):
@@ -316,3 +346,42 @@ def test_a_compiled_model_is_not_compiled_anew_in_later_runs(name, order):
     torch.testing.assert_close(first, plain, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(second, plain, rtol=1e-4, atol=1e-4)
     assert 0 < compiled == len(frames)
+
+
+# --- pipelines and options ------------------------------------------------------------------------
+
+
+def test_a_pipeline_with_two_transformers_gets_the_policy_on_both_or_none():
+    name = "WanTransformer3DModel"
+    first, second = FAMILIES[name].build(), FAMILIES[name].build()
+    pipeline = SimpleNamespace(transformer=first, transformer_2=second)
+    apply_token_cache(second, policy())
+
+    with pytest.raises(ValueError, match="must not have a token cache yet"):
+        apply_token_cache(pipeline, policy())
+    remove_token_cache(second)
+    plain = run(FAMILIES[name].build(), name)
+    assert torch.equal(run(first, name), plain)
+
+    apply_token_cache(pipeline, policy())
+    for model in (first, second):
+        assert not torch.equal(run(model, name), plain)
+    remove_token_cache(pipeline)
+    for model in (first, second):
+        assert torch.equal(run(model, name), plain)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"tier": "fused"}, "tier must be 'auto' or 'as_is', got 'fused'"),
+        ({"steps": "strict"}, "steps must be 'rescale' or 'exact', got 'strict'"),
+    ],
+)
+def test_an_unknown_option_is_refused(options, sentence):
+    model = make(NAMES[0], is_cached=False)
+
+    with pytest.raises(ValueError, match=sentence):
+        apply_token_cache(model, policy(), **options)
+
+    apply_token_cache(model, policy())

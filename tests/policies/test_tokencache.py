@@ -275,6 +275,10 @@ def test_the_selector_takes_the_highest_scores_of_each_sample():
             "TokenCacheConfig: predictor must be trained for 50 steps, got one for 12",
         ),
         (
+            lambda: config().decide(ANY, Step(1, STEPS + 1), TOKENS),
+            "TokenCacheConfig: predictor must be trained for 13 steps, got one for 12",
+        ),
+        (
             lambda: config().decide(ANY, Step(1, STEPS), 64),
             "TokenCacheConfig: predictor must be trained for 64 tokens, got one for 256",
         ),

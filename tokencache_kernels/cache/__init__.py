@@ -1,7 +1,8 @@
 """What is remembered between steps; storage only."""
 
 from .features import FeatureCache
+from .loans import Loans
 from .tokens import TokenState
 from .trend import NO_TREND, Trend
 
-__all__ = ["NO_TREND", "FeatureCache", "TokenState", "Trend"]
+__all__ = ["NO_TREND", "FeatureCache", "Loans", "TokenState", "Trend"]

@@ -218,6 +218,9 @@ class TokenCacheConfig:
     def decide(self, site: Site, step: Step, num_tokens: int) -> Decision:
         """What happens at ``site`` in ``step``; ``num_tokens`` is the length of its sequence."""
         name, predictor = type(self).__name__, self.predictor
+        if step.total != self.num_inference_steps:
+            wanted = f"be trained for {step.total} steps"
+            fail(name, "predictor", wanted, f"one for {predictor.num_steps}")
         if num_tokens != predictor.num_tokens:
             wanted = f"be trained for {num_tokens} tokens"
             fail(name, "predictor", wanted, f"one for {predictor.num_tokens}")

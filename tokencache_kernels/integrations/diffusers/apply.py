@@ -71,54 +71,58 @@ def apply_token_cache(
     Source:
         ToCa (arXiv:2410.05317).
     """
-    if not isinstance(model, nn.Module):
-        _apply_to_pipeline(
-            model, policy, spec=spec, scheduler=scheduler, steps=steps, tier=tier, backend=backend,
-            cuda_graphs=cuda_graphs,
-        )  # fmt: skip
-        return
-    binding = bind(_find_spec(model, spec), model)
-    if interceptor_of(model) is not None:
+    if isinstance(model, nn.Module):
+        transformers = [model]
+    else:
+        transformers = _transformers(model)
+        if not transformers:
+            got = type(model).__name__
+            fail("apply_token_cache", "model", "be a transformer or a pipeline with one", got)
+        if scheduler is None and hasattr(model, "scheduler"):
+            scheduler = _SchedulerOf(weakref.ref(model))
+    options = Options(backend, tier, steps)
+    # every check before the first change
+    sessions = [
+        _make_session(transformer, policy, spec, scheduler, options, cuda_graphs)
+        for transformer in transformers
+    ]
+    for transformer, session in zip(transformers, sessions, strict=True):
+        install(transformer, session)
+        intercept_root(transformer, TransformerAnswer(session))
+
+
+def _make_session(
+    transformer: nn.Module,
+    policy: Policy,
+    spec: ModelSpec | None,
+    scheduler: Any,
+    options: Options,
+    cuda_graphs: bool,
+) -> Session:
+    """Check that a policy fits a transformer, and bring them together."""
+    binding = bind(_find_spec(transformer, spec), transformer)
+    if interceptor_of(transformer) is not None:
         raise ValueError(
             "apply_token_cache: transformer must not have a token cache yet, got one that has; "
             "call remove_token_cache first"
         )
-    other = compat.find_other_cache(model)
+    other = compat.find_other_cache(transformer)
     if other is not None:
         fail("apply_token_cache", "transformer", "have no other cache", other)
-    compat.refuse_shards(model)
+    compat.refuse_shards(transformer)
     if isinstance(policy, StepTable):
         raise UnsupportedInputError(
             "apply_token_cache: a StepTable carries the output of a whole model; apply it by "
             "integrations.step_carrier.apply_step_table"
         )
     _check_policy(policy, binding)
-    capture = CudaCapture() if cuda_graphs else None
-    if capture is not None:
-        check_transformer(model)
-    session = Session(model, binding, policy, Options(backend, tier, steps), scheduler)
-    if capture is not None:
-        models = [model] if policy.predictor is None else [model, policy.predictor]
-        session.graphs = Graphs(models, capture)
-    install(model, session)
-    intercept_root(model, TransformerAnswer(session))
-
-
-def _apply_to_pipeline(pipeline: Any, policy: Policy, *, scheduler: Any, **options: Any) -> None:
-    """Apply to every transformer of a pipeline; its scheduler is looked up in each run."""
-    names = [name for name in ("transformer", "transformer_2", "unet") if _has(pipeline, name)]
-    if not names:
-        fail(
-            "apply_token_cache",
-            "model",
-            "be a transformer or a pipeline with one",
-            type(pipeline).__name__,
-        )
-    if scheduler is None and hasattr(pipeline, "scheduler"):
-        reference = weakref.ref(pipeline)
-        scheduler = _SchedulerOf(reference)
-    for name in names:
-        apply_token_cache(getattr(pipeline, name), policy, scheduler=scheduler, **options)
+    session = Session(transformer, binding, policy, options, scheduler)
+    if cuda_graphs:
+        capture = CudaCapture()
+        check_transformer(transformer)
+        predictor = [] if policy.predictor is None else [policy.predictor]
+        session.graphs = Graphs([transformer, *predictor], capture)
+    return session
 
 
 class _SchedulerOf:

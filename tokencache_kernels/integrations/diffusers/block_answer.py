@@ -116,7 +116,7 @@ class BlockAnswer:
         streams = {name: given[name] for name in self._stack.streams}
         if self._is_last:
             image = self._stack.streams[0]
-            streams[image] = call.run.runner.load_output(like=streams[image])
+            streams[image] = call.run.runner.load_output(like=streams[image]).clone()
             self._end_call(call, None)
         return self._returned(streams)
 
@@ -164,6 +164,7 @@ class BlockAnswer:
     @eager
     def _end(self, call: Call, output: Any) -> Any:
         call.mode = "off"
+        call.run.loans.settle()
         if self._is_last:
             returned = output if isinstance(output, tuple) else (output,)
             image = returned[self._stack.returns.index(self._stack.streams[0])]

@@ -81,6 +81,10 @@ class Graphs:
         """Forget all graphs."""
         self._captured.clear()
 
+    def copy_for(self, transformer: nn.Module) -> "Graphs":
+        """Make graphs of a copy of the transformer, which has captured nothing yet."""
+        return Graphs([transformer, *self._models[1:]], self._capture)
+
     def run(self, transformer: Any, call: Call, original: Original, given: dict[str, Any]) -> Any:
         """Return the transformer's output, with the same bits as without graphs."""
         device = next(transformer.parameters()).device

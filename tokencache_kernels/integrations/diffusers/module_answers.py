@@ -292,7 +292,7 @@ class ParallelAttentionAnswer(SelfAttentionAnswer):
             # nothing is projected, and no attention may have been kept for that
             rows = made.tokens[:, :0]
             return (rows, rows) if is_pair else rows
-        kept = runner.features.load(self._own_site) if output is None else _joined(output)
+        kept = _joined(output) if output is not None else _load(call, self._own_site)
         if action is Action.FULL:
             text = made.given[self._token_arguments[1]].shape[1] if is_pair else 0
             return (kept[:, :-text], kept[:, -text:]) if is_pair else kept
@@ -381,11 +381,19 @@ def _scatter(call: Call, site: Site, cache: Tensor, fresh: Tensor) -> None:
 
 
 def _forecast(call: Call, site: Site, cache: Tensor, feature: Site | None = None) -> Tensor:
-    """A cached output, with what it is forecast to have changed by."""
-    runner = call.run.runner
-    for difference, factor in runner.features.differences(feature or site, runner.trend(site)):
+    """A cached output for the block, with what it is forecast to have changed by."""
+    runner, key = call.run.runner, feature or site
+    differences = runner.features.differences(key, runner.trend(site))
+    if not differences:
+        return call.run.loans.lend(key, cache)
+    for difference, factor in differences:
         cache = cache + difference * factor
     return cache
+
+
+def _load(call: Call, site: Site) -> Tensor:
+    """A cached output for the block."""
+    return call.run.loans.lend(site, call.run.runner.features.load(site))
 
 
 def _entropy(call: Call, attention: Attention, backend: str) -> Tensor:

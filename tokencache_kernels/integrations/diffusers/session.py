@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from ... import ops
 from ...blocks import ResidualStream, Runner
-from ...cache import FeatureCache
-from ...errors import UnsupportedInputError
+from ...cache import FeatureCache, Loans
+from ...errors import UnsupportedInputError, fail
 from ...models.spec import Stack
 from ...policies import Action, LayerGroup, Policy, RunPlan
 from .attention_watch import Attention
@@ -81,6 +81,12 @@ class Options:
     tier: Literal["auto", "as_is"] = "auto"
     steps: Literal["rescale", "exact"] = "rescale"
 
+    def __post_init__(self) -> None:
+        if self.tier not in ("auto", "as_is"):
+            fail("apply_token_cache", "tier", "be 'auto' or 'as_is'", repr(self.tier))
+        if self.steps not in ("rescale", "exact"):
+            fail("apply_token_cache", "steps", "be 'rescale' or 'exact'", repr(self.steps))
+
 
 class Pass:
     """One pass of guidance in one context and thread: its run, and the streams of its blocks.
@@ -93,6 +99,7 @@ class Pass:
         num_steps: the steps of its run so far.
         streams: the residual streams of the call under way, by name.
         shown: the views of a joined stream that blocks have returned last.
+        loans: the cached outputs that blocks hold.
         key_lengths: (B,) int32, the number of text tokens of each sample; None: all.
         is_guidance_pair: whether the halves of the batch are the two passes of guidance.
         groups: the cached modules, by the sizes of the call.
@@ -107,6 +114,7 @@ class Pass:
         self.streams: dict[str, ResidualStream] = {}
         self.shown: tuple[Tensor, ...] = ()
         self.key_lengths: Tensor | None = None
+        self.loans = Loans()
         self._counts = FeatureCache()
         self.is_guidance_pair = True
         self.groups: dict[Any, tuple[LayerGroup, ...]] = {}
@@ -115,6 +123,7 @@ class Pass:
         """End the run under way; its buffers are used again."""
         self.runner.forget_run()
         self.tracker.forget()
+        self.loans.forget()
         self.streams.clear()
         self.shown = ()
 
@@ -260,14 +269,13 @@ class Session:
         self.takes_entropy = self.base_score == "attention_entropy"
         self.scores_attention = self.base_score in _ATTENTION_SCORES
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Session | None":
-        """A cache of the copied transformer's own; a copied part alone has none."""
-        transformer = self._transformer()
-        copied = None if transformer is None else memo.get(id(transformer))
-        if copied is None:
-            return None
-        session = Session(copied, self.binding, self.policy, self.options, self._scheduler)
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Session":
+        """A cache of the copied transformer's own; in a part copied alone nothing ever calls it."""
+        transformer = memo.get(id(self.transformer), self.transformer)
+        session = Session(transformer, self.binding, self.policy, self.options, self._scheduler)
         memo[id(self)] = session
+        if self.graphs is not None:
+            session.graphs = self.graphs.copy_for(transformer)
         return session
 
     def __reduce__(self) -> Any:
@@ -281,6 +289,10 @@ class Session:
         transformer = self._transformer()
         assert transformer is not None, "interceptors live in the transformer"
         return transformer
+
+    @transformer.setter
+    def transformer(self, transformer: nn.Module) -> None:
+        self._transformer = weakref.ref(transformer)
 
     @property
     def call(self) -> Call | None:

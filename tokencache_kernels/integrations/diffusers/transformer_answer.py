@@ -58,6 +58,7 @@ class TransformerAnswer:
     @eager
     def _prepare(self, transformer: Any, call: Call) -> None:
         session, run = self.session, call.run
+        session.transformer = transformer
         install(transformer, session)
         if run.runner.begins:
             compat.refuse_shards(transformer)
@@ -66,13 +67,9 @@ class TransformerAnswer:
             run.note_latents(call.given.get(spec_.latents))
         if spec_.text_mask is not None:
             run.note_mask(call.given.get(spec_.text_mask))
-        for name in _text_names(session):
-            if call.given.get(name) is None:
+        if session.binding.has_cross_attention and spec_.conditioning:
+            text = spec_.conditioning[0]
+            if call.given.get(text) is None:
                 raise UnsupportedInputError(
-                    f"token cache: {name} must be given to {spec_.transformer}, got None"
+                    f"token cache: {text} must be given to {spec_.transformer}, got None"
                 )
-
-
-def _text_names(session: Session) -> tuple[str, ...]:
-    """The transformer's arguments that a cross-attention needs."""
-    return ("encoder_hidden_states",) if session.binding.has_cross_attention else ()
