@@ -581,19 +581,28 @@ def test_a_model_with_one_kind_of_blocks_is_refused():
         apply_token_cache(tiny_flux(num_single=0), toca())
 
 
-def test_arguments_that_are_not_described_keep_the_models_own_code(device):
-    """Where the attention takes arguments of its own, blocks are not composed."""
+def test_arguments_that_are_not_described_keep_the_models_own_code(device, monkeypatch):
+    """A block that is given arguments of its attention's own is not composed."""
     model, other = tiny_flux().to(device), tiny_flux().to(device)
     apply_token_cache(model, toca())
     apply_token_cache(other, toca(), tier="as_is")
-    for one in (model, other):
-        seen = []
-        composed = []
-        one.transformer_blocks[0].norm1.register_forward_hook(lambda *_, seen=seen: seen.append(1))
-        composed.append(seen)
+    blocks = model.transformer_blocks
+    kind, calls = type(blocks[0]).__bases__[1], []
+    forward = kind.forward
 
+    def count(self, *arguments, **named):
+        calls.append(self)
+        return forward(self, *arguments, **named)
+
+    monkeypatch.setattr(kind, "forward", count)
+
+    run(model)
+    composed = STEPS * len(blocks) - len(calls)
+    calls.clear()
     outs = [run(one, joint_attention_kwargs={"unknown": None}) for one in (model, other)]
 
+    assert composed > 0
+    assert len(calls) == 2 * STEPS * len(blocks)
     torch.testing.assert_close(*outs, rtol=0, atol=0)
 
 

@@ -11,7 +11,7 @@ from tokencache_kernels.integrations.diffusers import (
     remove_token_cache,
     token_cache_context,
 )
-from tokencache_kernels.integrations.diffusers.interception import interceptor_of
+from tokencache_kernels.integrations.diffusers.interception import interceptor_of, is_intercepted
 from tokencache_kernels.models import SPECS, Mlp, ModelSpec, Stack, spec
 from tokencache_kernels.policies import (
     FactorRouter,
@@ -92,8 +92,7 @@ def test_a_removed_cache_leaves_the_original(name):
 
     assert not torch.equal(changed, original)
     assert torch.equal(run(model, name), original)
-    assert not any(type(module).__bases__[0] is not nn.Module and interceptor_of(module)
-                   for module in model.modules())  # fmt: skip
+    assert not any(map(is_intercepted, model.modules()))
 
 
 def cached_modules(model, name):
@@ -140,8 +139,7 @@ def test_both_tiers_agree(name):
     torch.testing.assert_close(run(fused, name), run(as_is, name), rtol=1e-4, atol=1e-4)
 
 
-def test_fresh_tokens_matter(name):
-    """Some fresh tokens are nearer to the dense run than none, and no silent dense run."""
+def test_some_fresh_tokens_are_neither_all_nor_none(name):
     models = [FAMILIES[name].build() for _ in range(3)]
     dense = run(models[0], name)
     apply_token_cache(models[1], policy(ratio=0.9))
@@ -150,8 +148,6 @@ def test_fresh_tokens_matter(name):
     some, none = run(models[1], name), run(models[2], name)
 
     assert not torch.equal(some, dense)
-    if SPECS[name].notes:
-        return
     assert not torch.equal(some, none)
 
 
