@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 
-from tokencache_kernels import info
+from tokencache_kernels.commands import info
 
 from .cases import CPU_SHAPES, LEADING, OPS
 from .kernels import check_result, list_ways, name_dtype, prepare_run

@@ -18,7 +18,7 @@ from unittest import mock
 
 import torch
 
-from tokencache_kernels import info
+from tokencache_kernels.commands import info
 from tokencache_kernels.policies import make_plan
 
 from . import layers, models

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from tokencache_kernels import info
+from tokencache_kernels.commands import info
 
 
 def describe_run(

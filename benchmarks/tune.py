@@ -38,8 +38,8 @@ def can_tune(options: argparse.Namespace) -> bool:
 def run_stage(options: argparse.Namespace, deadline: float) -> int:
     """Try launch settings, problem after problem; those that win so far are always in the file."""
     # Triton reads TRITON_INTERPRET when it is imported
-    from tokencache_kernels.backends.triton import tune
     from tokencache_kernels.backends.triton._launch import INTERPRETER, device_of
+    from tokencache_kernels.commands import tune
 
     facts = describe_run(options.device, options.commit, options.session)
     journal = Journal(options.out, "tune", {**facts, "rehearsal": options.rehearse})

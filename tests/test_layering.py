@@ -13,8 +13,7 @@ PACKAGE = Path(tokencache_kernels.__file__).parent
 # a layer may import those before it
 LAYERS = [
     "version", "errors", "settings", "cache", "backends", "ops", "models", "policies", "blocks",
-    "integrations", "testing", "info", "plan", "demo", "commands", "cli",
-    "__main__",
+    "integrations", "learn", "testing", "commands", "demo", "__main__",
 ]  # fmt: skip
 FILES = sorted(PACKAGE.rglob("*.py"))
 
@@ -56,7 +55,7 @@ def test_imports_point_down(path):
         ("import tokencache_kernels", ("torch", "triton", "diffusers")),
         ("import tokencache_kernels.ops", ("triton", "diffusers", "matplotlib")),
         ("import tokencache_kernels.policies", ("triton", "diffusers")),
-        ("import tokencache_kernels.cli", ("torch", "triton", "diffusers", "matplotlib")),
+        ("import tokencache_kernels.commands.cli", ("torch", "triton", "diffusers", "matplotlib")),
     ],
 )
 def test_an_import_does_not_pull_in_what_it_does_not_need(statement, banned):

@@ -13,7 +13,7 @@ def launches_of(device):
     reason = backends.unavailable("triton", "row_pass", torch.device(device), torch.float32)
     if reason is not None:
         pytest.skip(reason)
-    from tokencache_kernels.backends.triton._counting import count_launches
+    from tokencache_kernels.testing.counting import count_launches
 
     def count(function):
         with count_launches() as launches:

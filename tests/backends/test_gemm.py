@@ -7,7 +7,6 @@ import torch
 
 from tokencache_kernels.backends import reference, triton
 from tokencache_kernels.backends.triton import _counters
-from tokencache_kernels.backends.triton._counting import count_launches
 from tokencache_kernels.backends.triton._gemm import (
     GemmSetting,
     gemm_heuristic,
@@ -17,6 +16,7 @@ from tokencache_kernels.backends.triton._gemm import (
 from tokencache_kernels.backends.triton._launch import Device, on_trial
 from tokencache_kernels.backends.triton.mlp import MlpSetting
 from tokencache_kernels.testing import assert_within_budget, in_float64, randn, random_indices
+from tokencache_kernels.testing.counting import count_launches
 
 H200 = Device(90, "NVIDIA H200", 132)
 LIBRARY = GemmSetting(64, 64, 32, num_warps=4, num_stages=3, in_library=True)

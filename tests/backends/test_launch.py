@@ -12,7 +12,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from tokencache_kernels.backends.triton import _launch, tune
+from tokencache_kernels.backends.triton import _launch
 from tokencache_kernels.backends.triton._launch import (
     INTERPRETER,
     Device,
@@ -22,6 +22,7 @@ from tokencache_kernels.backends.triton._launch import (
     early_start,
     problem_key,
 )
+from tokencache_kernels.commands import tune
 
 ROOT = Path(__file__).parents[2]
 H200 = Device(arch=90, name="NVIDIA H200", num_sms=132)
@@ -319,7 +320,7 @@ class Driver:
 driver.set_active(Driver())
 torch.cuda.is_available = lambda: False
 linear = importlib.import_module("tokencache_kernels.backends.triton.linear")
-from tokencache_kernels.backends.triton import tune
+from tokencache_kernels.commands import tune
 from tokencache_kernels.backends.triton._launch import INTERPRETER
 case = next(linear.tune_cases(INTERPRETER))
 case.candidates[:] = [setting for setting in case.candidates if not setting.in_library][:2]

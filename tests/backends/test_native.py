@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from tokencache_kernels import backends, info, settings
+from tokencache_kernels import backends, settings
 from tokencache_kernels.backends import native, reference
 from tokencache_kernels.backends.native import loading
+from tokencache_kernels.commands import info
 from tokencache_kernels.errors import BackendUnavailableError
 from tokencache_kernels.ops import drop_packed_weights, gather_rows
 from tokencache_kernels.testing import assert_within_budget, in_float64, randn, random_indices

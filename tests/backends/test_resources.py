@@ -2,8 +2,8 @@ import pytest
 
 from tokencache_kernels.backends.native import loading, read_resources, resources
 from tokencache_kernels.backends.native.resources import KernelResources, parse_resources
-from tokencache_kernels.backends.triton import compile_gate
-from tokencache_kernels.cli import main
+from tokencache_kernels.commands import compile_report
+from tokencache_kernels.commands.cli import main
 
 # what cuobjdump prints, of two architectures
 PRINTED = """
@@ -63,7 +63,7 @@ def test_no_kernel_of_the_built_library_spills():
 
 
 def test_the_report_tells_registers_and_the_check_fails_on_spills(capsys, monkeypatch):
-    monkeypatch.setattr(compile_gate, "read_resources", lambda: parse_resources(PRINTED))
+    monkeypatch.setattr(compile_report, "read_resources", lambda: parse_resources(PRINTED))
 
     assert main(["compile-report", "--native"]) == 0
     assert (

@@ -9,10 +9,10 @@ pytest.importorskip("triton")
 pytest.importorskip("diffusers")
 
 from tokencache_kernels.backends import triton
-from tokencache_kernels.backends.triton._counting import record_specialisations
 from tokencache_kernels.integrations.diffusers import apply_token_cache
 from tokencache_kernels.policies import DuCaConfig, ToCaConfig
 from tokencache_kernels.testing import randn, tiny_dit, tiny_flux, tiny_pixart
+from tokencache_kernels.testing.counting import record_specialisations
 
 # 64 channels: like those of real models, their rows begin at multiples of 16 bytes
 WIDE = {"num_attention_heads": 4, "attention_head_dim": 16}

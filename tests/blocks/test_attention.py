@@ -264,7 +264,7 @@ def test_a_variant_is_three_launches(device, variant):
     reason = backends.unavailable("triton", "attention", torch.device(device), torch.float32)
     if reason is not None:
         pytest.skip(reason)
-    from tokencache_kernels.backends.triton._counting import count_launches
+    from tokencache_kernels.testing.counting import count_launches
 
     attention = make_attention(device=device, is_rotated=False, backend="triton")
     inputs = make_inputs(device=device)

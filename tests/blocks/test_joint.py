@@ -80,7 +80,7 @@ def test_no_launch_but_three(device):
     reason = backends.unavailable("triton", "linear", torch.device(device), torch.float32)
     if reason is not None:
         pytest.skip(reason)
-    from tokencache_kernels.backends.triton._counting import count_launches
+    from tokencache_kernels.testing.counting import count_launches
 
     layer = make_layer(device, is_fused=True, backend="triton")
     indices = random_indices(B, N, 5, device=device)

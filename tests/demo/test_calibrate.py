@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from tokencache_kernels.cli import main
+from tokencache_kernels.commands.cli import main
 from tokencache_kernels.policies import load_policy
 
 

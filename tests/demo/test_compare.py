@@ -5,7 +5,7 @@ import matplotlib.image
 import pytest
 import torch
 
-from tokencache_kernels.cli import main
+from tokencache_kernels.commands.cli import main
 from tokencache_kernels.demo import compare, drawing
 from tokencache_kernels.demo.data import load_digits
 from tokencache_kernels.demo.methods import Method

@@ -1,6 +1,6 @@
 import matplotlib.image
 
-from tokencache_kernels.cli import main
+from tokencache_kernels.commands.cli import main
 from tokencache_kernels.demo import show
 from tokencache_kernels.demo.methods import parse_method
 

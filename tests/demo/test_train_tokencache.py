@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from tokencache_kernels.cli import main
+from tokencache_kernels.commands.cli import main
 from tokencache_kernels.demo.model import SHAPE, WEIGHTS
 from tokencache_kernels.demo.train_tokencache import PREDICTOR
 from tokencache_kernels.policies import SHAPES, TokenCacheConfig, load_predictor, make_plan

@@ -22,7 +22,7 @@ from tokencache_kernels.integrations.diffusers import (
     reset_token_cache,
     token_cache_context,
 )
-from tokencache_kernels.integrations.diffusers.predict import (
+from tokencache_kernels.learn.train_predictor import (
     make_content_predictor,
     make_table_predictor,
 )

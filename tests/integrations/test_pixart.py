@@ -407,7 +407,7 @@ def test_launches_of_a_partial_layer(device):
     reason = backends.unavailable("triton", "attention", torch.device(device), torch.float32)
     if reason is not None:
         pytest.skip(reason)
-    from tokencache_kernels.backends.triton._counting import count_launches
+    from tokencache_kernels.testing.counting import count_launches
 
     model = tiny_pixart(num_layers=1).to(device)
     apply_token_cache(model, toca(), backend="triton")

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from tokencache_kernels.errors import UnsupportedInputError
 from tokencache_kernels.integrations.diffusers import apply_token_cache, remove_token_cache
 from tokencache_kernels.integrations.diffusers.interception import interceptor_of
-from tokencache_kernels.integrations.diffusers.predict import (
+from tokencache_kernels.learn.train_predictor import (
     make_content_predictor,
     make_table_predictor,
 )

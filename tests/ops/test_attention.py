@@ -223,7 +223,7 @@ def test_slices_of_a_fused_projection_are_read_in_place(backend, device):
 
 
 def test_one_launch(device):
-    from tokencache_kernels.backends.triton._counting import count_launches
+    from tokencache_kernels.testing.counting import count_launches
 
     inputs = make_inputs(1, 5, 11, 2, 16, device=device)
     with count_launches() as names:

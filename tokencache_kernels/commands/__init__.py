@@ -1,1 +1,1 @@
-"""Subcommands of ``tokencache`` that belong to no other layer."""
+"""The command ``tokencache`` and its subcommands."""

@@ -1,6 +1,6 @@
 """``tokencache calibrate``: find a step table for the demo's model and a budget.
 
-``integrations.calibration.calibrate`` does the same for any transformer and any way of sampling.
+``learn.calibration.calibrate`` does the same for any transformer and any way of sampling.
 """
 
 import argparse
@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..integrations.calibration import Settings, calibrate
 from ..integrations.step_carrier import apply_step_table, remove_step_table
+from ..learn.calibration import Settings, calibrate
 from ..policies import Newton, StepSchedule, StepTable, save_table
 from ..version import __version__
 from .data import NUM_CLASSES

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import info
+from ..commands import info
 from .classifier import classify, load_classifier
 from .data import load_digits
 from .drawing import Drawing, draw, load_drawn

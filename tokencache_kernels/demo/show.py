@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import info
+from ..commands import info
 from .classifier import classify, load_classifier
 from .data import NUM_CLASSES
 from .methods import Method, applied, parse_those_trained

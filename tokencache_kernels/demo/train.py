@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..policies.training import TrainingSettings, train_module
+from ..learn.training import TrainingSettings, train_module
 from .data import load_digits
 from .model import NULL_CLASS, SHAPE, WEIGHTS, build_model, build_scheduler, save_weights
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..policies.training import TrainingSettings, train_module
+from ..learn.training import TrainingSettings, train_module
 from .model import save_weights
 from .train import LABEL_DROPOUT, rate_factor, update_average
 

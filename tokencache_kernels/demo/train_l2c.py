@@ -5,7 +5,7 @@ import hashlib
 import json
 from pathlib import Path
 
-from ..integrations.diffusers.train_l2c import train_router
+from ..learn.train_router import train_router
 from ..policies import save_router
 from .model import build_scheduler, load_model
 from .train_policy import (

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import info
-from ..integrations.diffusers.superpose import Draw
-from ..policies.training import TrainingSettings
+from ..commands import info
+from ..learn.superposition import Draw
+from ..learn.training import TrainingSettings
 from .data import load_digits
 from .model import WEIGHTS
 from .sampling import STEPS

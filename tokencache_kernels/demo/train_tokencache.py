@@ -8,13 +8,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..integrations.diffusers.predict import (
+from ..learn.superposition import Draw
+from ..learn.train_predictor import (
     calibrate_predictor,
     make_content_predictor,
     make_table_predictor,
     train_predictor,
 )
-from ..integrations.diffusers.superpose import Draw
 from ..policies import save_predictor
 from .model import NULL_CLASS, build_scheduler, load_model
 from .train_policy import (

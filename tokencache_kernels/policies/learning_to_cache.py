@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from ..errors import fail
 from .decisions import Action, Decision, Site, Step
+from .files import load_safetensors, replace_file
 from .selectors import ScoreSelector
-from .training import load_safetensors, replace_file
 
 FORMAT = "tokencache_kernels router 1"
 MAX_LOGIT = 5.0

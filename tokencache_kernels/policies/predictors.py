@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import fail
-from .training import load_safetensors, replace_file
+from .files import load_safetensors, replace_file
 
 FORMAT = "tokencache_kernels predictor 1"
 _MLP_RATIO = 4

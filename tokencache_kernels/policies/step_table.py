@@ -11,10 +11,10 @@ from typing import Any
 from ..ops._checks import fail
 from .carriers import Carrier, to_weights
 from .decisions import Action, Decision, Site, Step
+from .files import replace_file
 from .learning_to_cache import LearningToCacheConfig, load_router
 from .schedules import check_full_steps
 from .selectors import ScoreSelector
-from .training import replace_file
 
 FORMAT = "tokencache_kernels step table 1"
 

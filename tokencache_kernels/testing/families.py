@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .inputs import randn
-from .models import tiny_dit, tiny_flux, tiny_pixart
+from .tiny_models import tiny_dit, tiny_flux, tiny_pixart
 
 Inputs = dict[str, Any]
 

@@ -7,7 +7,7 @@ from .apply import (
     reset_token_cache,
     token_cache_context,
 )
-from .graphs import count_graph_steps
+from .captured_steps import count_graph_steps
 from .modulation import precompute_modulation, remove_precomputed_modulation
 from .summary import CacheSummary, cache_summary
 

@@ -14,7 +14,7 @@ from ...models import SPECS, UNSUPPORTED, ModelSpec
 from ...policies import Policy, StepTable
 from . import compat
 from .binding import Binding, bind
-from .graphs import Graphs, check_transformer
+from .captured_steps import Graphs, check_transformer
 from .installing import install, uninstall
 from .interception import class_of, intercept_root, interceptor_of
 from .session import Options, Session

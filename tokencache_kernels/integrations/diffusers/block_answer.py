@@ -20,7 +20,7 @@ from .interception import (
     eager,
     transparent,
 )
-from .predict import predict_scores
+from .prediction import predict_scores
 from .session import Call, Pass, Session
 
 

@@ -1,4 +1,4 @@
-"""TokenCache's predictor on a diffusers transformer: what it reads, how it is trained."""
+"""Training of TokenCache's predictor on a diffusers transformer."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...errors import fail
-from ...models import ModelSpec
-from ...policies import ContentPredictor, Predictor, Step, TablePredictor, rank_scores
-from ...policies.training import TrainingSettings, train_module
-from .superpose import (
+from ..errors import fail
+from ..integrations.diffusers.prediction import read_conditioning
+from ..learn.training import TrainingSettings, train_module
+from ..policies import ContentPredictor, Predictor, TablePredictor, rank_scores
+from .superposition import (
     Draw,
     Superposition,
     check_scheduler,
@@ -28,43 +28,6 @@ def read_inputs(
     hidden_states = transformer.pos_embed(latents)
     block = transformer.transformer_blocks[0]
     return hidden_states, read_conditioning(block, hidden_states, timestep, class_labels)
-
-
-def predict_scores(
-    predictor: Predictor, model: ModelSpec, block: Any, given: Mapping[str, Any], step: Step
-) -> Tensor:
-    """Ask a policy's predictor for the scores of all blocks, (L, B, N).
-
-    Args:
-        predictor: may lie on another device.
-        model: the description of the model.
-        block: its first block.
-        given: the arguments of that block's call, by name.
-        step: the current step.
-    """
-    stack = model.stacks[0]
-    hidden_states = given[stack.streams[0]]
-    source = stack.vectors[0] if stack.vectors else None
-    if source is None:
-        conditioning = hidden_states.mean(dim=1)
-    elif source.kind == "own_adaln":
-        conditioning = read_conditioning(
-            block, hidden_states, given["timestep"], given["class_labels"]
-        )
-    else:
-        embedding = given[source.argument]
-        conditioning = embedding.reshape(len(embedding), -1, hidden_states.shape[-1]).mean(dim=1)
-    # it may have been loaded before the model was moved
-    scores: Tensor = predictor.to(hidden_states.device)(hidden_states, conditioning, step.index)
-    return scores
-
-
-def read_conditioning(
-    block: Any, hidden_states: Tensor, timestep: Tensor, class_labels: Tensor
-) -> Tensor:
-    """The embedding of timestep and class that modulates a block, (B, D)."""
-    conditioning: Tensor = block.norm1.emb(timestep, class_labels, hidden_dtype=hidden_states.dtype)
-    return conditioning
 
 
 def make_table_predictor(transformer: Any, num_steps: int) -> TablePredictor:

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ... import ops
-from ...errors import CacheMissError, UnsupportedInputError, fail
-from ...policies import Site
+from .. import ops
+from ..errors import CacheMissError, UnsupportedInputError, fail
+from ..policies import Site
 
 # takes the generator of the run; gives clean latents (B, C, H, W) and class labels (B,)
 Draw = Callable[[torch.Generator], tuple[Tensor, Tensor]]

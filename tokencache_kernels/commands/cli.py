@@ -9,22 +9,25 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from .errors import TokenCacheError
-from .version import __version__
+from ..errors import TokenCacheError
+from ..version import __version__
 
 COMMANDS = {
     "demo": ("demo.show", "draw digits with the shipped model, dense and cached, side by side"),
     "compare": ("demo.compare", "measure the quality and time of all policies on the same seeds"),
     "calibrate": ("demo.calibrate", "find which steps to run for a budget, on the demo's model"),
-    "info": ("info", "say what can run here, what cannot, and why"),
+    "info": ("commands.info", "say what can run here, what cannot, and why"),
     "models": ("commands.models", "list the described models, and how their blocks run"),
-    "plan": ("plan", "show what a policy computes at each step, and the arithmetic it saves"),
+    "plan": (
+        "commands.plan",
+        "show the work of a policy step by step, and the FLOPs it saves",
+    ),
     "train": ("demo.train_policy", "train a router or a predictor on the demo's model and digits"),
     "compile-report": (
-        "backends.triton.compile_gate",
+        "commands.compile_report",
         "compile every Triton kernel for given GPUs, without having one",
     ),
-    "tune": ("backends.triton.tune", "find the fastest launch settings on this GPU"),
+    "tune": ("commands.tune", "find the fastest launch settings on this GPU"),
 }
 
 
@@ -54,7 +57,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     for name, (module_name, summary) in COMMANDS.items():
         subparser = subparsers.add_parser(name, help=summary, description=summary)
         if arguments[:1] == [name]:
-            module = importlib.import_module(f".{module_name}", __package__)
+            module = importlib.import_module(f"..{module_name}", __package__)
             module.add_arguments(subparser)
             subparser.set_defaults(run=module.run)
     return parser.parse_args(arguments)

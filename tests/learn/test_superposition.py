@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tokencache_kernels.errors import CacheMissError, UnsupportedInputError
-from tokencache_kernels.integrations.diffusers.superpose import Superposition, find_sublayers
+from tokencache_kernels.learn.superposition import Superposition, find_sublayers
 from tokencache_kernels.policies import Site
 from tokencache_kernels.testing import randn, tiny_dit
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from tokencache_kernels.errors import DivergedError
-from tokencache_kernels.policies.training import (
+from tokencache_kernels.learn.training import (
     FORMAT,
     TrainingSettings,
     load_safetensors,

@@ -9,7 +9,7 @@ from torch import Tensor
 from triton.runtime.interpreter import GridExecutor, InterpretedFunction
 from triton.runtime.jit import JITFunction
 
-from ._device import INTERPRETED
+from ..backends.triton._device import INTERPRETED
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .policies import (
+from ..policies import (
     MODELS,
     DuCaConfig,
     Model,

@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from tokencache_kernels import __name__ as package
-from tokencache_kernels import cli, info
+from tokencache_kernels.commands import cli, info
 from tokencache_kernels.version import __version__
 
 
@@ -20,7 +20,7 @@ def test_every_subcommand_is_a_module_with_two_functions(command):
 def test_help_names_every_subcommand_and_imports_none():
     program = (
         "import sys\n"
-        "from tokencache_kernels.cli import main\n"
+        "from tokencache_kernels.commands.cli import main\n"
         "try:\n    main(['--help'])\n"
         "finally:\n    assert not {'torch', 'triton', 'diffusers'} & set(sys.modules)\n"
     )

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from tokencache_kernels.cli import main
+from tokencache_kernels.commands.cli import main
 
 
 @pytest.fixture

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UnsupportedInputError
+from ..integrations.step_carrier import apply_step_table, install_rule, remove_step_table
 from ..ops._checks import fail
 from ..policies import StepSchedule, StepTable
-from .step_carrier import apply_step_table, install_rule, remove_step_table
 
 Sample = Callable[[Sequence[int]], Tensor]
 

@@ -6,16 +6,16 @@ from diffusers import DDIMScheduler
 from torch import nn
 
 from tokencache_kernels.errors import UnsupportedInputError
-from tokencache_kernels.integrations.diffusers.predict import (
+from tokencache_kernels.learn.superposition import run_step_before
+from tokencache_kernels.learn.train_predictor import (
     calibrate_predictor,
     make_content_predictor,
     make_table_predictor,
     read_inputs,
     train_predictor,
 )
-from tokencache_kernels.integrations.diffusers.superpose import run_step_before
+from tokencache_kernels.learn.training import TrainingSettings
 from tokencache_kernels.policies import TablePredictor, rank_scores
-from tokencache_kernels.policies.training import TrainingSettings
 from tokencache_kernels.testing import randn, tiny_dit
 
 pytest.importorskip("tqdm")

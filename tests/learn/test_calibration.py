@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from tokencache_kernels.errors import UnsupportedInputError
-from tokencache_kernels.integrations import calibration
-from tokencache_kernels.integrations.calibration import (
+from tokencache_kernels.learn import calibration
+from tokencache_kernels.learn.calibration import (
     Candidate,
     Settings,
     calibrate,

@@ -18,13 +18,14 @@ import torch
 from benchmarks import attention, build, cases, gpu, install, kernels, published, stages, tune
 from benchmarks import test as suite
 from benchmarks.records import describe_run, read_records
-from tokencache_kernels import backends, info
-from tokencache_kernels.backends.triton import tune as tuning
-from tokencache_kernels.backends.triton._counting import count_launches
+from tokencache_kernels import backends
 from tokencache_kernels.backends.triton._launch import SHIPPED, TuneCase, choose
 from tokencache_kernels.backends.triton._tiles import TileSetting
+from tokencache_kernels.commands import info
+from tokencache_kernels.commands import tune as tuning
+from tokencache_kernels.testing.counting import count_launches
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 # of benchmarks/README.md
 FIELDS = {
     "case", "shape", "sizes", "dtype", "backend", "mode", "baseline", "median_ms", "p20_ms",

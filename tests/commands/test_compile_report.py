@@ -11,8 +11,8 @@ pytest.importorskip("triton")
 
 import triton
 
-from tokencache_kernels.backends.triton import compile_gate
-from tokencache_kernels.backends.triton.compile_gate import (
+from tokencache_kernels.commands import compile_report
+from tokencache_kernels.commands.compile_report import (
     ARCHITECTURES,
     Code,
     Job,
@@ -23,10 +23,10 @@ from tokencache_kernels.backends.triton.compile_gate import (
     make_budget,
     write_budget,
 )
-from tokencache_kernels.backends.triton.machine_code import HopperCode
+from tokencache_kernels.commands.machine_code import HopperCode
 
 HERE = Path(__file__).parent
-KERNELS = Path(compile_gate.__file__).parent
+KERNELS = Path(compile_report.__file__).parents[1] / "backends/triton"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -43,8 +43,8 @@ def own_cache(tmp_path_factory):
 @pytest.fixture(scope="module")
 def reports():
     """The report on every toy kernel, by architecture and variant."""
-    jobs = compile_gate.find_jobs(["toy_kernels"], ["sm_80", "sm_90", "sm_100", "sm_120"])
-    reports = compile_gate.run_jobs(jobs, processes=2)
+    jobs = compile_report.find_jobs(["toy_kernels"], ["sm_80", "sm_90", "sm_100", "sm_120"])
+    reports = compile_report.run_jobs(jobs, processes=2)
     return {(r.job.arch, r.job.kernel, r.job.variant): r for r in reports}
 
 
@@ -169,10 +169,10 @@ def test_a_second_run_compiles_nothing(reports, tmp_path, monkeypatch):
     jobs = [r.job for r in reports.values() if r.job.variant == "good" and r.job.arch == "sm_90"]
     cache = tmp_path / "gate.json"
 
-    first = list(compile_gate.run_cached(jobs, 1, cache))
-    monkeypatch.setattr(compile_gate, "compile_job", None)
-    monkeypatch.setattr(compile_gate, "run_jobs", lambda jobs, _: iter(jobs))
-    second = list(compile_gate.run_cached(jobs, 1, cache))
+    first = list(compile_report.run_cached(jobs, 1, cache))
+    monkeypatch.setattr(compile_report, "compile_job", None)
+    monkeypatch.setattr(compile_report, "run_jobs", lambda jobs, _: iter(jobs))
+    second = list(compile_report.run_cached(jobs, 1, cache))
 
     assert len(first) == 2
     assert second == first
@@ -182,7 +182,7 @@ def test_what_failed_is_not_kept(reports, tmp_path):
     jobs = [r.job for r in reports.values() if r.job.variant == "two warps"]
     cache = tmp_path / "gate.json"
 
-    (report,) = compile_gate.run_cached(jobs, 1, cache)
+    (report,) = compile_report.run_cached(jobs, 1, cache)
 
     assert report.failures
     assert not cache.exists()
@@ -248,7 +248,7 @@ def test_a_kernel_that_the_budget_does_not_know_fails():
 
 @pytest.fixture(scope="module")
 def package_jobs():
-    return compile_gate.find_jobs(None, ["sm_90"])
+    return compile_report.find_jobs(None, ["sm_90"])
 
 
 def test_every_kernel_of_the_package_is_compiled(package_jobs):
@@ -266,7 +266,7 @@ def test_every_kernel_of_the_package_compiles_for_hopper(package_jobs):
     # its first case only; `tokencache compile-report --arch all --check` takes them all
     first = {job.kernel: job for job in reversed(package_jobs)}
 
-    reports = list(compile_gate.run_jobs(list(first.values()), processes=2))
+    reports = list(compile_report.run_jobs(list(first.values()), processes=2))
 
     assert [report for report in reports if report.failures] == []
 
@@ -275,7 +275,7 @@ def test_an_early_start_waits_before_it_touches_memory(package_jobs, own_cache):
     early = {job.kernel: job for job in package_jobs if job.variant.endswith("early")}
     assert len(early) == 5
 
-    reports = list(compile_gate.run_jobs(list(early.values()), processes=2))
+    reports = list(compile_report.run_jobs(list(early.values()), processes=2))
 
     assert [report for report in reports if report.failures] == []
     codes = [path.read_text() for name in early for path in own_cache.rglob(f"{name}.ptx")]
@@ -291,8 +291,8 @@ def test_an_early_start_waits_before_it_touches_memory(package_jobs, own_cache):
 
 def run_command(capsys, *arguments):
     parser = argparse.ArgumentParser()
-    compile_gate.add_arguments(parser)
-    status = compile_gate.run(parser.parse_args(arguments))
+    compile_report.add_arguments(parser)
+    status = compile_report.run(parser.parse_args(arguments))
     return status, capsys.readouterr().out.splitlines()
 
 
@@ -305,10 +305,10 @@ def judged(reports, monkeypatch):
         return [job for job in jobs if job.arch in archs and (kernel or "") in job.kernel]
 
     by_job = {report.job: report for report in reports.values()}
-    monkeypatch.setattr(compile_gate, "find_jobs", find_jobs)
-    monkeypatch.setattr(compile_gate, "run_jobs", lambda jobs, _: (by_job[job] for job in jobs))
+    monkeypatch.setattr(compile_report, "find_jobs", find_jobs)
+    monkeypatch.setattr(compile_report, "run_jobs", lambda jobs, _: (by_job[job] for job in jobs))
     # these kernels are in no budget
-    monkeypatch.setattr(compile_gate, "_read_budget", lambda: None)
+    monkeypatch.setattr(compile_report, "_read_budget", lambda: None)
 
 
 def test_the_command_compiles_the_kernels_of_the_package(capsys):

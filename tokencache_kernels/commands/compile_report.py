@@ -27,8 +27,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from ..native.resources import read_resources
-from ._launch import CompileCase, Device, describe_setting, modules_with
+from ..backends.native.resources import read_resources
+from ..backends.triton._launch import CompileCase, Device, describe_setting, modules_with
 from .machine_code import HopperCode, read_hopper
 
 KIB = 1024

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...errors import fail
-from ...policies import CacheRouter, LearningToCacheConfig
-from ...policies.training import TrainingSettings, train_module
-from .superpose import (
+from ..errors import fail
+from ..learn.training import TrainingSettings, train_module
+from ..policies import CacheRouter, LearningToCacheConfig
+from .superposition import (
     Draw,
     Superposition,
     check_scheduler,

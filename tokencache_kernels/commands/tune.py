@@ -28,11 +28,10 @@ from triton.runtime.errors import OutOfResources, PTXASError
 from triton.runtime.jit import JITFunction
 from triton.testing import do_bench
 
-from ... import settings
-from ...version import __version__
-from ..reference import RowNorm
-from ._device import INTERPRETED
-from ._launch import (
+from .. import settings
+from ..backends.reference import RowNorm
+from ..backends.triton._device import INTERPRETED
+from ..backends.triton._launch import (
     INTERPRETER,
     Device,
     TuneCase,
@@ -42,10 +41,11 @@ from ._launch import (
     modules_with,
     on_trial,
 )
-from ._tiles import piece_settings, whole_row_candidates
-from .modulate import add_branches, gather_modulate, row_pass
-from .rows import gather_rows, scatter_rows_
-from .select import invert_indices
+from ..backends.triton._tiles import piece_settings, whole_row_candidates
+from ..backends.triton.modulate import add_branches, gather_modulate, row_pass
+from ..backends.triton.rows import gather_rows, scatter_rows_
+from ..backends.triton.select import invert_indices
+from ..version import __version__
 
 ROUNDS = 3
 # what takes longer than the fastest by this factor in the first round is not tried in the others
@@ -96,12 +96,13 @@ class Outcome:
 
 
 def find_cases(device: Device) -> Iterator[TuneCase]:
-    """What the kernel modules offer for tuning on this device, one after another to save memory."""
+    """Yield the cases to tune on this device, one after another to save memory."""
     for module in modules_with("tune_cases"):
         yield from importlib.import_module(module).tune_cases(device)
+    yield from row_cases(device)
 
 
-def tune_cases(device: Device) -> Iterator[TuneCase]:
+def row_cases(device: Device) -> Iterator[TuneCase]:
     """The kernels that move rows, for a batch of DiT-XL and one image of FLUX."""
     where = "cuda" if torch.cuda.is_available() else "cpu"
     problems = [(16, 256, 26, 1152), (1, 4608, 460, 3072)]

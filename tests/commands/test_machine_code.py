@@ -1,6 +1,6 @@
 """Reading listings of machine code: each rule on a few lines of them."""
 
-from tokencache_kernels.backends.triton.machine_code import (
+from tokencache_kernels.commands.machine_code import (
     count_hazards,
     find_hot_loop,
     parse_instructions,

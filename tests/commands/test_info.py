@@ -1,8 +1,9 @@
 import torch
 
-from tokencache_kernels import backends, info
+from tokencache_kernels import backends
 from tokencache_kernels.backends import library
-from tokencache_kernels.cli import main
+from tokencache_kernels.commands import info
+from tokencache_kernels.commands.cli import main
 
 
 def test_info_tells_versions_settings_and_every_backend(capsys, monkeypatch):

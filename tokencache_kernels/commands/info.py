@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 
-from . import backends, ops, settings
-from .backends import library, native, reference
-from .version import __version__
+from .. import backends, ops, settings
+from ..backends import library, native, reference
+from ..version import __version__
 
 PACKAGES = ("torch", "triton", "diffusers", "safetensors", "mlxtend", "matplotlib", "tqdm")
 DEVICES = ("cpu", "cuda")

@@ -13,10 +13,10 @@ from diffusers import (
 
 from tokencache_kernels.errors import DivergedError, UnsupportedInputError
 from tokencache_kernels.integrations.diffusers import apply_token_cache, token_cache_context
-from tokencache_kernels.integrations.diffusers.superpose import Superposition, find_sublayers
-from tokencache_kernels.integrations.diffusers.train_l2c import train_router
+from tokencache_kernels.learn.superposition import Superposition, find_sublayers
+from tokencache_kernels.learn.train_router import train_router
+from tokencache_kernels.learn.training import TrainingSettings
 from tokencache_kernels.policies import CacheRouter, LearningToCacheConfig
-from tokencache_kernels.policies.training import TrainingSettings
 from tokencache_kernels.testing import randn, tiny_dit
 
 pytest.importorskip("tqdm")
