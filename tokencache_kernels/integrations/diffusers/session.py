@@ -17,6 +17,7 @@ from ...cache import FeatureCache, Loans
 from ...errors import UnsupportedInputError, fail
 from ...models.spec import Stack
 from ...policies import Action, LayerGroup, Policy, RunPlan
+from . import compat
 from .attention_watch import Attention
 from .binding import Binding
 from .fused import find_refusal
@@ -426,7 +427,8 @@ class Session:
         key = stack.path, layer
         if key not in self._refusals:
             self._refusals[key] = self.find_refusal(stack, layer, block)
-        return self._refusals[key] is None
+        # a hook may be put on in the middle of a run
+        return self._refusals[key] is None and not compat.has_hooks(block)
 
     def find_refusal(self, stack: Stack, layer: int, block: nn.Module) -> str | None:
         """Say why a block runs its own code around cached modules; None if it is composed."""
