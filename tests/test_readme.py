@@ -1,44 +1,71 @@
-"""The README says what is so: its tables come from the records, its example runs."""
+"""The README and the pages: their tables come from the records, and their examples run."""
 
 import re
+from pathlib import Path
 
 import pytest
-import torch
 
-from benchmarks import report
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+OPS = (ROOT / "docs" / "ops.md").read_text()
 
-TEXT = report.README.read_text()
+
+def read_code(text, start):
+    """The Python block that begins with ``start``."""
+    return re.search(rf"```python\n({re.escape(start)}.*?)```", text, re.DOTALL)[1]
+
+
+def test_the_front_page_is_short():
+    assert len(README.splitlines()) <= 120
+
+
+def test_the_number_of_models_is_right():
+    from tokencache_kernels.models import SPECS
+
+    assert f"any of {len(SPECS)} diffusers models" in README
 
 
 def test_the_tables_are_those_of_the_records():
-    assert report.fill(TEXT, report.read_tables()) == TEXT
+    pytest.importorskip("pandas")
+    from benchmarks import report
+
+    tables = report.make_tables(report.read_results())
+
+    for page in report.PAGES:
+        text = page.read_text()
+        assert report.fill(text, tables) == text, f"run python -m benchmarks.report for {page}"
 
 
 def test_the_op_example_runs():
-    code = re.search(r"```python\n(import torch.*?)```", TEXT, re.DOTALL)[1]
-
     names = {}
-    exec(code, names)
+    exec(read_code(OPS, "import torch"), names)
 
     assert names["cached_mlp"].isfinite().all()
     assert (names["positions"] >= 0).sum() == 2 * 64
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_the_diffusers_example_runs_on_a_tiny_model():
+def test_the_example_draws_digits(capsys):
     pytest.importorskip("diffusers")
-    from tokencache_kernels.testing import tiny_dit
+    names = {}
+    exec(read_code(README, "import torch").replace("50", "4"), names)
 
-    code = re.search(r"```python\n(import tokencache_kernels.*?)\n\n", TEXT, re.DOTALL)[1]
+    assert names["digits"].shape == (2, 1, 32, 32)
+    assert names["digits"].isfinite().all()
+    assert "steps: 3 full, 1 reused" in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_the_pipeline_example_runs_on_a_tiny_model():
+    pytest.importorskip("diffusers")
+    import tokencache_kernels as tck
+    from tokencache_kernels.integrations.diffusers import apply_token_cache
+    from tokencache_kernels.testing import tiny_flux
 
     class Pipe:
-        transformer = tiny_dit()
+        transformer = tiny_flux()
 
-    exec(code, {"pipe": Pipe})
-    labels = torch.tensor([1, 2])
-    for step in range(3):
-        with torch.no_grad():
-            out = Pipe.transformer(
-                torch.randn(2, 2, 8, 8), timestep=labels * 0 + 900 - step, class_labels=labels
-            )
-    assert out.sample.isfinite().all()
+    apply, call = read_code(README, "apply_token_cache(pipe").splitlines()
+    assert call.startswith("image = pipe(")
+    exec(apply, {"pipe": Pipe, "tck": tck, "apply_token_cache": apply_token_cache})
+    assert tck.ToCaConfig.preset("flux-1-dev") is not None
