@@ -38,7 +38,7 @@ def checkout(tmp_path):
         shutil.copy(ROOT / "tokencache_kernels" / name, package)
     # what an editable install leaves in the tree must not slip into a pure Python wheel
     (package / "libtokencache_kernels.so").write_text("left over")
-    for name in ("include/tokencache.h", "lib/libtokencache.so.0.1", "lib/libtokencache.so"):
+    for name in ("include/tokencache.h", "lib/libtokencache.so.0.2", "lib/libtokencache.so"):
         (package / name).parent.mkdir(exist_ok=True)
         (package / name).write_text("left over")
     return tmp_path
