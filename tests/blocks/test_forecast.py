@@ -12,6 +12,7 @@ from tokencache_kernels.policies import (
     LayerGroup,
     ScoreSelector,
     Site,
+    Taylor,
     ToCaConfig,
     taylor_seer,
 )
@@ -86,7 +87,7 @@ def test_what_is_recomputed_is_not_forecast():
         FactorRouter(0.5),
         ScoreSelector("none", staleness_weight=1.0),
         num_inference_steps=5,
-        forecast_order=1,
+        carrier=Taylor(1),
     )
 
     out = run(policy, 1, None)

@@ -1,5 +1,3 @@
-from dataclasses import replace
-
 import pytest
 import torch
 
@@ -20,7 +18,7 @@ def test_an_unknown_name_is_answered_with_the_known(name):
 def test_a_number_behind_a_family_is_the_order_of_its_forecast():
     methods = [parse_method(name, 50) for name in ("toca-3-20", "toca1-3-20", "taylor2-4")]
 
-    assert [method.policy.forecast_order for method in methods] == [0, 1, 2]
+    assert [method.policy.carrier.order for method in methods] == [0, 1, 2]
     assert [method.family for method in methods] == ["toca", "toca1", "taylor2"]
     assert methods[0].flops_ratio == methods[1].flops_ratio
 
@@ -129,14 +127,8 @@ def test_the_router_ends_in_a_full_step_by_name():
 def test_the_trained_policies_forecast_by_name_and_reuse_by_default():
     methods = [parse_method(name, 50) for name in ("tokencache", "l2c", "tokencache1", "l2c2")]
 
-    assert [method.policy.forecast_order for method in methods] == [0, 0, 1, 2]
+    assert [method.policy.carrier.order for method in methods] == [0, 0, 1, 2]
     assert methods[3].flops_ratio == methods[1].flops_ratio
-
-
-@pytest.mark.parametrize("name", ["tokencache", "l2c"])
-def test_an_order_that_there_is_not_is_refused(name):
-    with pytest.raises(ValueError, match="forecast_order must be 0, 1 or 2, got 3"):
-        replace(parse_method(name, 50).policy, forecast_order=3)
 
 
 def test_a_method_that_carries_the_output_is_applied_and_taken_off_again():

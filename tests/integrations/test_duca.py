@@ -7,6 +7,7 @@ from tokencache_kernels.errors import UnsupportedInputError
 from tokencache_kernels.integrations.diffusers import apply_token_cache
 from tokencache_kernels.integrations.diffusers.interception import interceptor_of
 from tokencache_kernels.policies import (
+    REUSE,
     Action,
     Decision,
     DuCaConfig,
@@ -115,7 +116,7 @@ class Halfway:
     """Skips the attention sites only."""
 
     num_inference_steps = 2
-    forecast_order = 0
+    carrier = REUSE
     num_layers = predictor = None
     selector = ScoreSelector("none")
 

@@ -32,6 +32,7 @@ from tokencache_kernels.policies import (
     IntervalSchedule,
     LearningToCacheConfig,
     ScoreSelector,
+    Taylor,
     ToCaConfig,
     TokenCacheConfig,
     fora,
@@ -115,7 +116,7 @@ def inputs(name, call, convert=lambda value: value.to(DEVICE)):
 def constant(base_score="none", ratio=0.3, interval=3, order=0, **selector):
     router = FactorRouter(ratio, module_weight={"attn": 0.0})
     selector = ScoreSelector(base_score, staleness_weight=0.1, **selector)
-    return ToCaConfig(IntervalSchedule(interval), router, selector, STEPS, forecast_order=order)
+    return ToCaConfig(IntervalSchedule(interval), router, selector, STEPS, carrier=Taylor(order))
 
 
 def trained(variant="kv_all", make_predictor=make_table_predictor):

@@ -17,6 +17,7 @@ from tokencache_kernels.policies import (
     FactorRouter,
     IntervalSchedule,
     ScoreSelector,
+    Taylor,
     ToCaConfig,
     fora,
     taylor_seer,
@@ -31,7 +32,7 @@ STEPS = 6
 def policy(ratio=0.4, interval=3, base_score="attention_received", order=0):
     router = FactorRouter(ratio, module_weight={"attn": 0.0, "cross": 1.0})
     selector = ScoreSelector(base_score, staleness_weight=0.1)
-    return ToCaConfig(IntervalSchedule(interval), router, selector, STEPS, forecast_order=order)
+    return ToCaConfig(IntervalSchedule(interval), router, selector, STEPS, carrier=Taylor(order))
 
 
 def first(output):

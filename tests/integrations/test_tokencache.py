@@ -12,6 +12,7 @@ from tokencache_kernels.learn.train_predictor import (
     make_table_predictor,
 )
 from tokencache_kernels.policies import (
+    REUSE,
     Action,
     Decision,
     FactorRouter,
@@ -158,7 +159,7 @@ class AllFresh:
     """A policy whose cached steps recompute all tokens as if they were some."""
 
     def __init__(self, policy, module=None):
-        self.forecast_order = 0
+        self.carrier = REUSE
         self.num_layers = self.predictor = None
         self.num_inference_steps, self.selector = STEPS, ScoreSelector("none")
         self.policy, self.module = policy, module

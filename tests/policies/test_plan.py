@@ -10,6 +10,7 @@ from tokencache_kernels.policies import (
     Action,
     DuCaConfig,
     Site,
+    Taylor,
     ToCaConfig,
     cache_bytes,
     dit_shape,
@@ -191,7 +192,7 @@ def test_staleness_and_scores_are_four_bytes_a_token_of_what_is_computed_in_part
         taylor_seer(2, 6, order=1),
         taylor_seer(3, 6, order=2),
         taylor_seer(4, 4, order=2),
-        replace(ToCaConfig.constant(0.3, 3, 5), forecast_order=2),
+        replace(ToCaConfig.constant(0.3, 3, 5), carrier=Taylor(2)),
     ],
     ids=lambda policy: f"{getattr(policy, 'name', 'duca')}-{policy.num_inference_steps}",
 )
@@ -223,9 +224,9 @@ def test_the_cache_of_a_run_is_as_large_as_the_plan_says(policy):
         ToCaConfig.preset("flux-1-dev", num_inference_steps=6),
         fora(3, 4),
         taylor_seer(2, 6),
-        replace(ToCaConfig.constant(0.3, 3, 5), forecast_order=1),
+        replace(ToCaConfig.constant(0.3, 3, 5), carrier=Taylor(1)),
     ],
-    ids=lambda policy: f"{policy.name}-{policy.forecast_order}",
+    ids=lambda policy: f"{policy.name}-{policy.carrier.order}",
 )
 def test_flux_keeps_what_the_plan_says_and_nothing_that_is_not_read(policy):
     pytest.importorskip("diffusers")

@@ -264,8 +264,16 @@ class Runner:
         return self._run.selection_of(site) is not None
 
     def trend(self, site: Site) -> Trend:
-        """The finite differences of the site's output that are known in this step."""
+        """The finite differences of the site's output that this step makes known by storing."""
         return self._run.trend(self._index, site)
+
+    def differences(self, site: Site, feature: Site | None = None) -> list[tuple[Tensor, float]]:
+        """The differences of a cached output, and their factors in this step.
+
+        ``feature`` names one of several outputs of a site; see ``remember``.
+        """
+        factors = self._run.factors(self._index, site)
+        return self.features.differences(feature or site, factors)
 
     def remember(self, site: Site, output: Tensor, feature: Site | None = None) -> None:
         """Store the output of a full computation, if a later step reads it.

@@ -56,7 +56,7 @@ def add_forecast(
 
     ``feature`` names one of several outputs of a site; see ``Runner.remember``.
     """
-    for difference, factor in runner.features.differences(feature or site, runner.trend(site)):
+    for difference, factor in runner.differences(site, feature):
         B, _, D = difference.shape
         stream.add(
             difference, difference.new_full((B, D), factor) if gate is None else gate * factor
@@ -75,7 +75,7 @@ def bring_up_to_date(stream: ResidualStream, runner: Runner, sub_layer: SubLayer
     if action is Action.PARTIAL:
         indices, positions = runner.selection(site)
         sub_layer.recompute_(output, stream, indices, positions)
-        for difference, _ in runner.features.differences(site, runner.trend(site)):
+        for difference, _ in runner.differences(site):
             # what is fresh is not forecast
             zeros = difference.new_zeros(*indices.shape, difference.shape[2])
             ops.scatter_rows_(difference, indices, zeros, backend=runner.backend)

@@ -1,7 +1,6 @@
 """Outputs of sub-layers, kept after the output projection and before the gate."""
 
-import math
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 
 import torch
 from torch import Tensor
@@ -17,8 +16,8 @@ class FeatureCache:
     into the buffer instead of replacing it. Which step it is, only the caller knows.
 
     To forecast, it also keeps finite differences, a buffer of the same size for each order: with
-    ``d_0`` what is stored, ``d_{i+1} = (d_i - the d_i before) / (steps in between)``. ``x`` steps
-    later ``sum_i d_i * x^i / i!`` is expected.
+    ``d_0`` what is stored, ``d_{i+1} = (d_i - the d_i before) / (steps in between)``. A policy's
+    carrier says by which factors they are summed.
 
     Source:
         TaylorSeer (arXiv:2503.06923).
@@ -33,7 +32,7 @@ class FeatureCache:
         Args:
             site: where.
             value: any tensor; no gradient goes through.
-            trend: the orders known with this value, and the steps since the one before.
+            trend: the orders known with this value, and the steps since the value before.
         """
         buffers = self._buffers.setdefault(site, [])
         if buffers and not _fits(buffers[0], value):
@@ -48,7 +47,7 @@ class FeatureCache:
             elif order == known:
                 buffers[order].copy_(new)
             else:
-                difference = (new - buffers[order]) / trend.distance
+                difference = (new - buffers[order]) / trend.gap
                 buffers[order].copy_(new)
                 new = difference
 
@@ -76,13 +75,16 @@ class FeatureCache:
             )
         return buffer
 
-    def differences(self, site: Hashable, trend: Trend) -> list[tuple[Tensor, float]]:
-        """The site's known differences themselves, from order 1, and their factors ``x^i / i!``."""
-        known = self._buffers[site][1 : 1 + trend.known]
-        return [
-            (difference, trend.distance**order / math.factorial(order))
-            for order, difference in enumerate(known, start=1)
-        ]
+    def differences(
+        self, site: Hashable, factors: Sequence[float] = ()
+    ) -> list[tuple[Tensor, float]]:
+        """Pair the site's differences themselves, from order 1, with their factors.
+
+        Args:
+            site: the site stored before.
+            factors: from order 0, which is left out; of as many orders as are known at most.
+        """
+        return list(zip(self._buffers[site][1:], factors[1:], strict=False))
 
     def count_bytes(self) -> int:
         """The bytes of all buffers."""

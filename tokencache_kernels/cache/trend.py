@@ -1,18 +1,18 @@
-"""How far a cached feature lies back, and how many of its finite differences are known."""
+"""How many finite differences of a cached feature are known when it is stored."""
 
 from typing import NamedTuple
 
 
 class Trend(NamedTuple):
-    """Known orders of finite differences of a site's features, in the current step.
+    """Orders of finite differences that a step which stores a site's features makes known.
 
     Attributes:
-        known: the orders of differences, counting the one that the step itself stores.
-        distance: the steps since they were stored, or where the step stores, between the last two.
+        known: the highest order.
+        gap: the steps since the features were stored last.
     """
 
     known: int = 0
-    distance: int = 0
+    gap: int = 0
 
 
 # nothing but the features themselves

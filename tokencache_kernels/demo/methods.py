@@ -19,6 +19,7 @@ from ..policies import (
     ScoreSelector,
     StepSchedule,
     StepTable,
+    Taylor,
     ToCaConfig,
     TokenCacheConfig,
     TwoPhaseSchedule,
@@ -175,7 +176,7 @@ def _forecasting(total: int, order: int, interval: int, percent: int | None = No
     """ToCa whose stale tokens are forecast."""
 
     def build(name: str, **settings: Any) -> Policy:
-        return replace(ToCaConfig.preset(name, **settings), forecast_order=order)
+        return replace(ToCaConfig.preset(name, **settings), carrier=Taylor(order))
 
     return _published(build, f"ToCa + forecast {order}", total, interval, percent)
 
@@ -198,14 +199,15 @@ def _l2c_last(total: int) -> _Built:
 def _l2c_forecast(total: int, order: int) -> _Built:
     title, router = _l2c(total)
     assert isinstance(router, LearningToCacheConfig)
-    return f"{title} + forecast {order}", replace(router, forecast_order=order)
+    return f"{title} + forecast {order}", replace(router, carrier=Taylor(order))
 
 
 def _tokencache_forecast(total: int, order: int) -> _Built:
     """Every second step full, which tames the tail, paid for by more tokens cached in between."""
     title, policy = _tokencache(total)
     assert isinstance(policy, TokenCacheConfig)
-    policy = replace(policy, schedule=TwoPhaseSchedule(1, 1), cache_ratio=0.9, forecast_order=order)
+    schedule = TwoPhaseSchedule(1, 1)
+    policy = replace(policy, schedule=schedule, cache_ratio=0.9, carrier=Taylor(order))
     return f"{title} + forecast {order}", policy
 
 
@@ -216,7 +218,7 @@ def _even(total: int, order: int, full: int) -> _Built:
         ScoreSelector("none"),
         total,
         name="even",
-        forecast_order=order,
+        carrier=Taylor(order),
     )
     return f"forecast {order}, {full} even steps", policy
 

@@ -1,6 +1,6 @@
-"""Policies: when (schedule) x where (router) x which (selector), and what they will cost."""
+"""Policies: when (schedule), where (router), which (selector), how (carrier); and their costs."""
 
-from .carriers import Carrier, Chebyshev, Hermite, Newton, Taylor
+from .carriers import REUSE, Carrier, Chebyshev, Hermite, Newton, Taylor
 from .decisions import Action, Decision, Policy, Site, Step, count_fresh, list_remembered
 from .duca import DuCaConfig
 from .learning_to_cache import (
@@ -47,6 +47,7 @@ from .tokencache import (
 
 __all__ = [
     "MODELS",
+    "REUSE",
     "ROUTER_PRESETS",
     "SHAPES",
     "Action",

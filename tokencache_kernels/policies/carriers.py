@@ -1,18 +1,19 @@
 """Carriers: the value of a token that is not recomputed, out of values stored before.
 
 Every carrier is linear. With ``f_j`` the values stored in the last full steps ``s_0 < ... < s_n``,
-it expects ``sum_j w_j f_j``, and the weights depend on the steps alone. The cache keeps differences
-(``FeatureCache``): ``d_0`` is the newest value and ``d_{i+1} = (d_i - the d_i before) / gap``, with
-the gap between the two full steps that made them. ``to_factors`` and ``to_weights`` change between
-the two forms, so that a carrier may be written in the one that is natural for it.
+it expects ``sum_j w_j f_j``, and the weights depend on the steps alone. They sum to 1: a value that
+does not change stays as it is, and so does a token that was computed in between. The cache keeps
+differences (``FeatureCache``): ``d_0`` is the newest value and ``d_{i+1} = (d_i - the d_i before) /
+gap``, with the gap between the two full steps that made them. ``to_factors`` and ``to_weights``
+change between the two forms, so that a carrier may be written in the one that is natural for it.
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol, cast
 
-from ..ops._checks import fail
+from ..errors import fail
 
 
 class Carrier(Protocol):
@@ -31,7 +32,8 @@ class Carrier(Protocol):
             index: the step to foretell, not before the last stored one.
 
         Returns:
-            ``min(len(stored), 1 + order)`` factors; the value is ``sum_i factors[i] * d_i``.
+            ``min(len(stored), 1 + order)`` factors, the first of them 1; the value is
+            ``sum_i factors[i] * d_i``.
         """
 
 
@@ -76,7 +78,7 @@ class Newton:
             math.prod((index - other) / (step - other) for other in steps if other != step)
             for step in steps
         ]
-        return to_factors(weights, steps)
+        return _keep_constants(to_factors(weights, steps))
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,8 @@ class Chebyshev:
 
     With ``T_m`` on ``[0, total - 1]`` mapped to ``[-1, 1]`` and ``P`` their values at the stored
     steps, the weights are ``t(index) (P^T P + ridge I)^{-1} P^T``. More values than ``degree + 1``
-    are smoothed.
+    are smoothed. What is fitted are the values less the newest one, so that the ridge pulls towards
+    that one and not towards zero.
 
     Source:
         Spectrum (arXiv:2603.01623).
@@ -153,7 +156,7 @@ class Chebyshev:
             products[i][i] += self.ridge
         solution = _solve(products, self._polynomials(index, degree))
         weights = [sum(a * b for a, b in zip(row, solution, strict=True)) for row in rows]
-        return to_factors(weights, steps)
+        return _keep_constants(to_factors(weights, steps))
 
     def _polynomials(self, step: int, degree: int) -> list[float]:
         point = 2 * step / (self.total - 1) - 1
@@ -161,6 +164,11 @@ class Chebyshev:
         for _ in range(2, degree + 1):
             values.append(2 * point * values[-1] - values[-2])
         return values[: degree + 1]
+
+
+def _keep_constants(factors: Sequence[float]) -> tuple[float, ...]:
+    """Give what the weights of the differences leave over to the newest value."""
+    return (1.0, *factors[1:])
 
 
 def to_factors(weights: Sequence[float], stored: Sequence[int]) -> tuple[float, ...]:
@@ -234,3 +242,28 @@ def _distance(stored: Sequence[int], index: int) -> int:
 def _check_order(carrier: Carrier) -> None:
     if carrier.order < 0:
         fail(type(carrier).__name__, "order", "be at least 0", carrier.order)
+
+
+# what is not recomputed stays as it was stored
+REUSE = Taylor(0)
+
+_KINDS: dict[str, type] = {kind.__name__: kind for kind in (Taylor, Newton, Hermite, Chebyshev)}
+
+
+def describe_carrier(carrier: Carrier) -> dict[str, Any]:
+    """The carrier as JSON values, for ``make_carrier``."""
+    return {"kind": type(carrier).__name__, **asdict(cast(Any, carrier))}
+
+
+def make_carrier(described: Mapping[str, Any]) -> Carrier:
+    """Make the carrier that ``describe_carrier`` described.
+
+    Raises:
+        ValueError: there is no such carrier.
+    """
+    fields = dict(described)
+    kind = _KINDS.get(fields.pop("kind", ""))
+    if kind is None:
+        fail("make_carrier", "described", f"be of kind {', '.join(_KINDS)}", dict(described))
+    carrier: Carrier = kind(**fields)
+    return carrier

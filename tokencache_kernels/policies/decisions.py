@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 from ..errors import fail
 
 if TYPE_CHECKING:
+    from .carriers import Carrier
     from .predictors import Predictor
     from .selectors import Selector
 
@@ -82,8 +83,8 @@ class Policy(Protocol):
         """How the fresh tokens of a partial step are chosen."""
 
     @property
-    def forecast_order(self) -> int:
-        """0: what is not recomputed is reused; 1 or 2: it is forecast; see ``FeatureCache``."""
+    def carrier(self) -> "Carrier":
+        """How what is not recomputed gets its value; ``REUSE`` keeps what was stored."""
 
     @property
     def num_layers(self) -> int | None:
@@ -98,13 +99,13 @@ class Policy(Protocol):
 
 
 def list_remembered(
-    run: Sequence[Action], forecast_order: int, reader: Sequence[Action] | None = None
+    run: Sequence[Action], order: int, reader: Sequence[Action] | None = None
 ) -> list[int]:
     """The steps whose output a site must store, given what it does in each step of a run.
 
-    They are the last ``1 + forecast_order`` full steps before every reuse, partial or not. An
-    output that goes into another site alone is reused where that site, the ``reader``, computes
-    some token.
+    They are the last ``1 + order`` full steps before every reuse, partial or not, with the order of
+    a carrier. An output that goes into another site alone is reused where that site, the
+    ``reader``, computes some token.
     """
     remembered: set[int] = set()
     full: list[int] = []
@@ -112,7 +113,7 @@ def list_remembered(
         if action is Action.FULL:
             full.append(index)
         elif action is not Action.SKIP and (reader is None or reading is not Action.REUSE):
-            remembered.update(full[-1 - forecast_order :])
+            remembered.update(full[-1 - order :])
     return sorted(remembered)
 
 

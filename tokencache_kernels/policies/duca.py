@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..errors import fail
+from .carriers import Carrier
 from .decisions import Action, Decision, Site, Step
 from .routers import FactorRouter
 from .selectors import ScoreSelector, Selector
@@ -64,9 +65,9 @@ class DuCaConfig:
         return self.toca.selector
 
     @property
-    def forecast_order(self) -> int:
-        """Of what partial steps do not recompute; aggressive steps forecast nothing."""
-        return self.toca.forecast_order
+    def carrier(self) -> Carrier:
+        """Of what partial steps do not recompute; aggressive steps carry nothing on."""
+        return self.toca.carrier
 
     @property
     def num_layers(self) -> int | None:

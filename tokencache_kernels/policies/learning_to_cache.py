@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import fail
+from .carriers import REUSE, Carrier, describe_carrier, make_carrier
 from .decisions import Action, Decision, Site, Step
 from .files import load_safetensors, replace_file
 from .selectors import ScoreSelector
@@ -45,7 +46,7 @@ class LearningToCacheConfig:
         model: what the router was trained for, in words.
         name: how the policy is called in reports.
         last_step_full: whether the last step computes every sub-layer, too; False: as published.
-        forecast_order: 0 reuses what is skipped, as published; 1 or 2 forecasts it.
+        carrier: gives what is skipped its value; it is reused as published.
         fingerprint: of the logits.
 
     Source:
@@ -58,7 +59,7 @@ class LearningToCacheConfig:
     model: str = ""
     name: str = "learning-to-cache"
     last_step_full: bool = False
-    forecast_order: int = 0
+    carrier: Carrier = REUSE
     fingerprint: str = field(init=False)
 
     def __post_init__(self) -> None:
@@ -67,8 +68,6 @@ class LearningToCacheConfig:
             fail(name, "logits", "have shape (T, 2L)", tuple(logits.shape))
         if not logits.isfinite().all():
             fail(name, "logits", "be finite", "some that are not")
-        if self.forecast_order not in (0, 1, 2):
-            fail(name, "forecast_order", "be 0, 1 or 2", self.forecast_order)
         if not 0 < self.threshold < 1:
             fail(name, "threshold", "be in (0, 1)", self.threshold)
         own = logits.detach().to("cpu", torch.float32, copy=True).contiguous()
@@ -178,8 +177,9 @@ def save_router(router: LearningToCacheConfig, path: Path) -> None:
     """Write a router as safetensors; the file is there as a whole or not."""
     from safetensors.torch import save
 
-    names = ("threshold", "counts_down", "model", "name", "last_step_full", "forecast_order")
-    facts = {name: getattr(router, name) for name in names}
+    names = ("threshold", "counts_down", "model", "name", "last_step_full")
+    facts: dict[str, Any] = {name: getattr(router, name) for name in names}
+    facts["carrier"] = describe_carrier(router.carrier)
     facts.update(num_layers=router.num_layers, num_inference_steps=router.num_inference_steps)
     path.parent.mkdir(parents=True, exist_ok=True)
     metadata = {"format": FORMAT, "facts": json.dumps(facts, sort_keys=True)}
@@ -204,6 +204,8 @@ def load_router(
     try:
         facts = json.loads(metadata["facts"])
         sizes = {name: facts.pop(name) for name in ("num_layers", "num_inference_steps")}
+        if "carrier" in facts:
+            facts["carrier"] = make_carrier(facts["carrier"])
         router = LearningToCacheConfig(tensors["logits"], **facts)
         if sizes != {name: getattr(router, name) for name in sizes}:
             raise ValueError

@@ -134,7 +134,7 @@ def cache_bytes(plan: Plan, shape: ModelShape, element_size: int) -> dict[str, i
         sizes["scores"] += 0 if selection.shares_scores else rows
     if text:
         sizes["text"] = text
-    if run.policy.forecast_order:
+    if run.policy.carrier.order:
         sizes["differences"] = differences
     if run.has_skips:
         sizes["output"] = shape.output_tokens * token_bytes

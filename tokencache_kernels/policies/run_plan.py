@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from ..cache.trend import NO_TREND, Trend
-from ..errors import UnsupportedInputError
+from ..errors import UnsupportedInputError, fail
+from .carriers import REUSE, Carrier
 from .decisions import Action, Decision, Policy, Site, Step, list_remembered
 
 
@@ -99,15 +100,15 @@ class RunPlan:
         self.decisions = [self._decide(index) for index in range(self.total)]
         self._skips = [_skips_blocks(step) for step in self.decisions]
         self._remembered: dict[Site, list[int]] = {}
-        self._orders: dict[Site, int] = {}
+        self._carriers: dict[Site, Carrier] = {}
         for group in self.groups:
             for site in group.sites:
                 reader = None
                 if group.read_by is not None:
                     reader = self.actions(replace(site, module=group.read_by))
                 # an output that goes into another module is not forecast
-                self._orders[site] = 0 if reader else policy.forecast_order
-                stored = list_remembered(self.actions(site), self._orders[site], reader)
+                carrier = self._carriers[site] = REUSE if reader else policy.carrier
+                stored = list_remembered(self.actions(site), carrier.order, reader)
                 self._remembered[site] = [first + index for index in stored]
         self._selections: list[Selection] = []
         self._selection_of: dict[Site, int] = {}
@@ -200,15 +201,35 @@ class RunPlan:
         return not self._skips[index] and any(self._skips[index + 1 : index + 2])
 
     def trend(self, index: int, site: Site) -> Trend:
-        """The finite differences of the site's output that are known in step ``index``."""
-        if self._orders[site] == 0:
+        """The finite differences of the site's output that step ``index`` makes known by storing.
+
+        ``NO_TREND`` where it does not store.
+        """
+        stored = self._stored(index, site)
+        known = min(len(stored) - 1, self._carriers[site].order)
+        if known < 1 or stored[-1] != index:
             return NO_TREND
-        stored = [one for one in self._remembered[site] if one <= index]
-        known = min(len(stored) - 1, self._orders[site])
-        is_full = self.decisions[index][site].action is Action.FULL
-        if known < 1 or (is_full and index not in stored):
-            return NO_TREND
-        return Trend(known, stored[-1] - stored[-2] if is_full else index - stored[-1])
+        return Trend(known, stored[-1] - stored[-2])
+
+    def factors(self, index: int, site: Site) -> tuple[float, ...]:
+        """The carrier's factors of the site's differences in step ``index``, from order 0.
+
+        Empty where the step computes the site in full, or has nothing to read.
+
+        Raises:
+            ValueError: the carrier does not keep a constant as it is.
+        """
+        stored, carrier = self._stored(index, site), self._carriers[site]
+        if not stored or self.decisions[index][site].action in (Action.FULL, Action.SKIP):
+            return ()
+        factors = carrier.factors(stored, index)
+        # fresh tokens have no differences, and must keep the value that they were given
+        if factors[0] != 1:
+            fail(type(carrier).__name__, "factors", "begin with 1 inside a model", factors)
+        return factors
+
+    def _stored(self, index: int, site: Site) -> list[int]:
+        return [one for one in self._remembered[site] if one <= index]
 
     def describe_step(self, index: int) -> Hashable:
         """Everything that determines the launches of step ``index``: steps alike share a graph."""
@@ -219,6 +240,7 @@ class RunPlan:
                 tuple(step.items()),
                 tuple(self.stores(index, site) for site in step),
                 tuple(self.trend(index, site) for site in step),
+                tuple(self.factors(index, site) for site in step),
                 self.stores_output(index),
                 index if goes_by_step else None,
             )
@@ -229,7 +251,7 @@ class RunPlan:
         times = len(self._remembered[site])
         return SiteStorage(
             features=min(times, 1),
-            differences=min(max(times - 1, 0), self._orders[site]),
+            differences=min(max(times - 1, 0), self._carriers[site].order),
             keys=2 if times and self._sees_cached_keys(site) else 0,
         )
 

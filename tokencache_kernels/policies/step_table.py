@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..ops._checks import fail
-from .carriers import Carrier, to_weights
+from ..errors import fail
+from .carriers import REUSE, Carrier, to_weights
 from .decisions import Action, Decision, Site, Step
 from .files import replace_file
 from .learning_to_cache import LearningToCacheConfig, load_router
@@ -115,9 +115,9 @@ class StepTable:
         return ScoreSelector("none")
 
     @property
-    def forecast_order(self) -> int:
-        """No feature inside the model is forecast."""
-        return 0
+    def carrier(self) -> Carrier:
+        """No feature inside the model is carried."""
+        return REUSE
 
     @property
     def num_layers(self) -> None:

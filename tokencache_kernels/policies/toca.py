@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from ..errors import fail
+from .carriers import REUSE, Carrier, Taylor
 from .decisions import Action, Decision, Site, Step, count_fresh
 from .routers import FactorRouter, Router
 from .schedules import AdaptiveSchedule, IntervalSchedule, LastStepFull, Schedule
@@ -18,20 +19,18 @@ PUBLISHED_LAYERS = 28
 
 @dataclass(frozen=True)
 class ToCaConfig:
-    """A token-wise cache policy: when (schedule) x where (router) x which (selector)."""
+    """A token-wise policy: when (schedule), where (router), which (selector), how (carrier)."""
 
     schedule: Schedule
     router: Router
     selector: Selector
     num_inference_steps: int
     name: str = "custom"
-    forecast_order: int = 0
+    carrier: Carrier = REUSE
 
     def __post_init__(self) -> None:
         if self.num_inference_steps < 1:
             fail("ToCaConfig", "num_inference_steps", "be at least 1", self.num_inference_steps)
-        if self.forecast_order not in (0, 1, 2):
-            fail("ToCaConfig", "forecast_order", "be 0, 1 or 2", self.forecast_order)
 
     @classmethod
     def preset(
@@ -190,7 +189,7 @@ def taylor_seer(
         ScoreSelector("none"),
         num_inference_steps,
         name="taylor-seer",
-        forecast_order=order,
+        carrier=Taylor(order),
     )
 
 

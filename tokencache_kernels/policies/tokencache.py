@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import fail
+from .carriers import REUSE, Carrier
 from .decisions import (
     ATTENTION_VARIANTS,
     Action,
@@ -154,7 +155,7 @@ class TokenCacheConfig:
         attention: what fresh queries attend to: all current tokens (``"kv_all"``), cached keys and
             values refreshed at the fresh tokens (``"kv_cache"``), or each other (``"sel_only"``).
         name: how the policy is called in reports.
-        forecast_order: 0 reuses what is not computed, as published; 1 or 2 forecasts it.
+        carrier: gives what is not computed its value; it is reused as published.
 
     Source:
         TokenCache (arXiv:2409.18523), with its second version's predictor and global ratio.
@@ -168,12 +169,10 @@ class TokenCacheConfig:
     tile: int = 16
     attention: AttentionVariant = "kv_all"
     name: str = "tokencache"
-    forecast_order: int = 0
+    carrier: Carrier = REUSE
 
     def __post_init__(self) -> None:
         name, predictor = type(self).__name__, self.predictor
-        if self.forecast_order not in (0, 1, 2):
-            fail(name, "forecast_order", "be 0, 1 or 2", self.forecast_order)
         if predictor.num_steps != self.num_inference_steps:
             wanted = f"be trained for {self.num_inference_steps} steps"
             fail(name, "predictor", wanted, f"one for {predictor.num_steps}")

@@ -375,17 +375,16 @@ def _scatter(call: Call, site: Site, cache: Tensor, fresh: Tensor) -> None:
     runner = call.run.runner
     indices, _ = runner.selection(site)
     ops.scatter_rows_(cache, indices, fresh.to(cache.dtype), backend=runner.backend)
-    for difference, _ in runner.features.differences(site, runner.trend(site)):
+    for difference, _ in runner.differences(site):
         zeros = difference.new_zeros(*indices.shape, difference.shape[2])
         ops.scatter_rows_(difference, indices, zeros, backend=runner.backend)
 
 
 def _forecast(call: Call, site: Site, cache: Tensor, feature: Site | None = None) -> Tensor:
     """A cached output for the block, with what it is forecast to have changed by."""
-    runner, key = call.run.runner, feature or site
-    differences = runner.features.differences(key, runner.trend(site))
+    differences = call.run.runner.differences(site, feature)
     if not differences:
-        return call.run.loans.lend(key, cache)
+        return call.run.loans.lend(feature or site, cache)
     for difference, factor in differences:
         cache = cache + difference * factor
     return cache
