@@ -12,7 +12,7 @@ class BackendUnavailableError(TokenCacheError, RuntimeError):
 
 
 class UnsupportedInputError(TokenCacheError, NotImplementedError):
-    """The input is valid, but there is no way to handle it; the message names what there is."""
+    """The input is valid but not supported; the message names the alternatives."""
 
 
 class CacheMissError(TokenCacheError, LookupError):

@@ -19,7 +19,7 @@ from ..errors import BackendUnavailableError
 
 logger = logging.getLogger(__name__)
 
-# what "auto" tries, in this order; "reference" is last and always runs
+# the order in which "auto" tries backends; "reference" is last and always runs
 _PREFERENCE = {"cuda": ("triton", "native", "reference"), "cpu": ("native", "reference")}
 
 
@@ -32,9 +32,9 @@ def resolve(
 ) -> Callable[..., Any]:
     """Return the function that runs ``op`` on ``device``.
 
-    A backend asked for by name, as an argument or through ``TOKENCACHE_BACKEND``, either runs or
-    raises; only ``"auto"`` may pick another, and says at debug level what it passed over and why.
-    It tries the backends in the order of ``preference``, or in that of the device.
+    A backend that is named, as an argument or through ``TOKENCACHE_BACKEND``, either runs or
+    raises. Only ``"auto"`` may pick another, and it logs at debug level which backends it passed
+    over and why. It tries the backends in the order of ``preference``, or in that of the device.
 
     Raises:
         ValueError: ``backend`` is not a backend's name.

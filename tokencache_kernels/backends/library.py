@@ -1,7 +1,7 @@
 """The attentions of other libraries, those that hand out the log-sum-exp; and which one is taken.
 
-Nothing here is ours but the choice, and that is data: the first row of ``attention.json`` that fits
-a problem names what to try, best first, and where that order comes from.
+Only the choice is made here, and it is data: the first row of ``attention.json`` that fits a
+problem names the kernels to try, best first, and the source of that order.
 """
 
 import importlib
@@ -23,7 +23,7 @@ _HALVES = (torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True)
 class Row:
-    """One row of the table: the problems it is for, and what to try for them, best first.
+    """One row of the table: its problems, and the kernels to try for them, best first.
 
     Attributes:
         device: ``cpu``, ``cuda`` or an architecture such as ``sm_90``.
@@ -40,7 +40,7 @@ class Row:
     source: str
 
     def fits(self, query: Tensor) -> bool:
-        """Whether the row is for attention of this query."""
+        """Tell whether the row is for attention of this query."""
         return (
             self.device in (query.device.type, _architecture(query.device))
             and str(query.dtype).removeprefix("torch.") in self.dtypes
@@ -79,7 +79,7 @@ def refusal(
 
 
 def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Whether any library may have an attention there; which one depends on the sizes as well."""
+    """Tell whether any library may run attention there. The sizes decide which one."""
     if device.type == "cuda" and dtype not in _HALVES:
         return "no library takes it and hands out the log-sum-exp"
     return None if device.type in ("cpu", "cuda") else f"it needs the CPU or CUDA, got {device}"
@@ -107,7 +107,7 @@ def attention(
     raise BackendUnavailableError(f"attention: backend 'library' cannot run here: {refused}")
 
 
-# the candidates: what each refuses, and how it is called
+# the candidates: the problems that each refuses, and its call
 
 
 def _refuse_on_cpu(
@@ -138,7 +138,7 @@ def _attend_on_cpu(
 
 
 def _refuse_on_cuda(query: Tensor, key_lengths: Tensor | None) -> str | None:
-    """What no library's attention for CUDA takes here."""
+    """Give the reason why every library refuses this attention on CUDA, if one does."""
     if query.device.type != "cuda":
         return f"it needs a CUDA device, got {query.device}"
     if query.dtype not in _HALVES:

@@ -1,4 +1,4 @@
-"""What is remembered between steps; storage only."""
+"""Storage between steps, and nothing else."""
 
 from .features import FeatureCache
 from .loans import Loans

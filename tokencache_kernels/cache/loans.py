@@ -8,7 +8,7 @@ from ..errors import UnsupportedInputError
 
 
 class Loans:
-    """Cached outputs given to blocks that may write into what their modules return.
+    """Cached outputs on loan to blocks, which may write into the outputs of their modules.
 
     A block such as ``out = self.ff(x); out += x`` would change the cache. It gets copies until it
     has been seen to leave one as it was; from then on it gets the buffer itself, still watched.
@@ -20,7 +20,7 @@ class Loans:
 
     def lend(self, key: Hashable, cached: Tensor) -> Tensor:
         """Return the values of ``cached``, a copy or an alias, until ``settle``."""
-        # what is written under inference mode leaves no trace
+        # writes under inference mode leave no trace
         is_copy = cached.is_inference() or not self._leaves_as_is.get(key, False)
         # an alias that counts its writes from 0, apart from ours into the cache
         lent = cached.clone() if is_copy else cached.data
@@ -28,7 +28,7 @@ class Loans:
         return lent
 
     def settle(self) -> None:
-        """See whether what was lent has been written into.
+        """Check whether a loan has been written into.
 
         Raises:
             UnsupportedInputError: the cache itself was, by a block that did not do so before.
@@ -46,5 +46,5 @@ class Loans:
                 )
 
     def forget(self) -> None:
-        """Forget what is lent, when a call is broken off."""
+        """Forget all loans when a call is broken off."""
         self._lent.clear()

@@ -1,4 +1,4 @@
-"""What is known of each token in each layer: its score and how stale it is."""
+"""The state of each token in each layer: its score and its staleness."""
 
 import torch
 from torch import Tensor

@@ -32,7 +32,10 @@ COMMANDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one subcommand and return its exit status; what the user can mend is told in a line."""
+    """Run one subcommand and return its exit status.
+
+    An error that the user can mend is told in a line.
+    """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     try:
         options = parse_arguments(arguments)

@@ -50,7 +50,7 @@ MAIN = "sm_90"
 
 @dataclass(frozen=True)
 class Architecture:
-    """What the gate demands of the code for one architecture.
+    """The gate's demands on the code for one architecture.
 
     Attributes:
         device: a device of that architecture, whose heuristics and tuned settings are compiled.
@@ -94,7 +94,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Code:
-    """What the compiler made of a kernel.
+    """The compiler's result for one kernel.
 
     Attributes:
         registers: of a thread.
@@ -128,7 +128,7 @@ class Report:
     failures: tuple[str, ...]
 
 
-# what to compile
+# kernels to compile
 
 
 def list_jobs(
@@ -250,13 +250,13 @@ def compile_case(case: CompileCase, architecture: Architecture) -> Any:
 
 
 def _paths(index: int, types: str | tuple[str, ...]) -> list[tuple[int, ...]]:
-    """Where Triton keeps the attributes of an argument: a tuple has them for each of its items."""
+    """Give the places of an argument's attributes in Triton, one for each item of a tuple."""
     return [(index,)] if isinstance(types, str) else [(index, item) for item in range(len(types))]
 
 
 @contextmanager
 def _logging_assembler() -> Iterator[None]:
-    """Let the assembler run, whatever was compiled before, and print what it has to say."""
+    """Run the assembler regardless of earlier compilations, and print its messages."""
     from triton import knobs
 
     with knobs.compilation.scope(), knobs.nvidia.scope():
@@ -266,7 +266,7 @@ def _logging_assembler() -> Iterator[None]:
 
 
 def read_code(compiled: Any, log: str, architecture: Architecture, num_warps: int) -> Code:
-    """Read what :func:`judge_code` asks for off the code and the assembler's log."""
+    """Read the facts for :func:`judge_code` from the code and the assembler's log."""
     registers = int(_find(_USAGE, log).group(1))
     shared, ptx = compiled.metadata.shared, compiled.asm["ptx"]
     is_main = architecture.device.arch == ARCHITECTURES[MAIN].device.arch
@@ -284,7 +284,9 @@ def read_code(compiled: Any, log: str, architecture: Architecture, num_warps: in
 
 
 def count_programs(registers: int, shared: int, num_warps: int, shared_limit: int) -> int:
-    """How many programs a multiprocessor holds; each takes 1 KB of shared memory beside its own."""
+    """Count the programs that a multiprocessor holds; each takes 1 KB of shared memory beside its
+    own.
+    """
     # registers are handed to warps by 256
     of_warp = -(-registers * 32 // 256) * 256
     return min(
@@ -350,7 +352,7 @@ def make_budget(reports: Iterable[Report]) -> dict[str, Any]:
             "registers": report.code.registers,
             "loop": report.code.hopper.loop,
         }
-        # cases of one name differ in what the compiler knows of their arguments
+        # cases of one name differ in the compiler's knowledge of their arguments
         other = cases.setdefault(report.job.name, case)
         cases[report.job.name] = {
             "instructions": max(case["instructions"], other["instructions"]),
@@ -440,7 +442,9 @@ def _without_interpreter() -> Iterator[None]:
 
 
 def run_cached(jobs: Sequence[Job], processes: int, path: Path | None) -> Iterator[Report]:
-    """:func:`run_jobs`, but for the jobs whose code a file holds; adds to it what is compiled."""
+    """Run the jobs like :func:`run_jobs`, but skip those whose code is on file, and add the others
+    to it.
+    """
     if path is None:
         yield from run_jobs(jobs, processes)
         return
@@ -530,7 +534,7 @@ def run(options: argparse.Namespace) -> int:
     if options.write_budget:
         budget = make_budget(reports)
         if options.kernel is not None:
-            # of the other kernels, what there was
+            # for the other kernels, the former budget
             budget["cases"] = dict(sorted({**(cases or {}), **budget["cases"]}.items()))
         write_budget(budget, BUDGET)
     seconds = time.monotonic() - start

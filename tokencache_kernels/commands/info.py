@@ -1,4 +1,4 @@
-"""What is installed here, which backend can run which op, and why the others cannot."""
+"""The backends of this machine: installed packages, the ops that each can run, and the refusals."""
 
 import argparse
 import importlib.metadata
@@ -55,7 +55,7 @@ def run(_: argparse.Namespace) -> int:
 
 
 def machine_facts(device: torch.device) -> dict[str, str | int]:
-    """What a measurement on ``device`` must carry with it."""
+    """Collect the facts of a machine that a measurement on ``device`` must carry."""
     return {
         "device": describe_device(device),
         "threads": torch.get_num_threads(),
@@ -85,7 +85,7 @@ def versions() -> dict[str, str]:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             found[name] = "not installed"
-    # the metadata leave out what torch was built for
+    # the metadata leave out the CUDA version of torch
     found["torch"] = torch.__version__
     return found
 
@@ -106,7 +106,7 @@ def describe_cpu() -> str:
 
 
 def cpu_features() -> str:
-    """Which of the vector and matrix instructions that anything here is faster for there are."""
+    """List the CPU features that this package can use."""
     facts = Path("/proc/cpuinfo")
     if not facts.is_file():
         return "unknown: there is no /proc/cpuinfo"
@@ -126,7 +126,7 @@ def describe_cuda() -> str:
 
 
 def describe_native_library() -> dict[str, str]:
-    """Where the native library is, and how it was built."""
+    """Give the path of the native library, and the facts of its build."""
     reason = native.unavailable(torch.device("cpu"), torch.float32)
     facts = native.build_info() or {}
     state = f"not usable: {reason}" if reason else "loaded"
@@ -186,7 +186,9 @@ def chosen_backend(op: str, device: torch.device) -> str:
 
 
 def describe_attentions(device: torch.device) -> list[str]:
-    """What runs each of the usual attentions, and why what the table prefers to it does not."""
+    """Give the attention chosen for typical sizes, and the reasons why better-ranked ones are
+    rejected.
+    """
     lines = []
     for (label, (B, S, N, H, E)), dtype in product(
         ATTENTIONS.items(), (torch.float32, torch.bfloat16)

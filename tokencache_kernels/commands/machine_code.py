@@ -53,7 +53,7 @@ class Instruction:
 
 @dataclass(frozen=True)
 class HopperCode:
-    """What the machine code of one kernel for sm_90 says.
+    """The facts of one kernel's machine code for sm_90.
 
     Attributes:
         instructions: of the kernel.
@@ -100,7 +100,7 @@ def find_hot_loop(code: Sequence[Instruction]) -> Sequence[Instruction]:
 
 
 def count(code: Sequence[Instruction], name: str) -> int:
-    """How many instructions have that name."""
+    """Count the instructions of that name."""
     return sum(one.name == name for one in code)
 
 

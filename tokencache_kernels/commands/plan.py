@@ -1,4 +1,4 @@
-"""``tokencache plan``: what a policy computes in each step, and what that costs."""
+"""``tokencache plan``: the work of a policy in each step, and its cost."""
 
 import argparse
 import itertools
@@ -77,9 +77,9 @@ def _tokencache(model: Model, trained: Path) -> Policy:
 
 @dataclass(frozen=True)
 class _Row:
-    """How a policy is built for a model, and what may be asked of it.
+    """A policy's constructor for a model, and the options that it takes.
 
-    ``is_published``: ``build(mixed_steps=True)`` is what the published code of ToCa does.
+    ``is_published``: ``build(mixed_steps=True)`` gives the policy of ToCa's published code.
     """
 
     build: Callable[..., Policy]

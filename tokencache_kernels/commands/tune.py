@@ -48,7 +48,7 @@ from ..backends.triton.select import invert_indices
 from ..version import __version__
 
 ROUNDS = 3
-# what takes longer than the fastest by this factor in the first round is not tried in the others
+# a setting slower than the fastest by this factor in the first round is not tried in the others
 MAX_RATIO = 1.2
 
 
@@ -65,13 +65,13 @@ class Timing:
 
     @property
     def spread(self) -> float:
-        """How far the rounds lie apart."""
+        """Give the distance between the rounds."""
         return max(self.rounds) - min(self.rounds)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the trials of one case found.
+    """The outcome of one case's trials.
 
     Attributes:
         key: the problem, as a file of launch settings names it.
@@ -91,7 +91,7 @@ class Outcome:
 
     @property
     def is_gain(self) -> bool:
-        """Whether the best setting wins by more than the timings scatter."""
+        """Tell whether the best setting wins by more than the timings scatter."""
         return self.before.median - self.after.median > max(self.before.spread, self.after.spread)
 
 
@@ -206,7 +206,9 @@ def measure_on_cpu(run: Callable[[], object]) -> float:
 
 
 def gains(outcomes: Iterable[Outcome]) -> dict[str, dict[str, Any]]:
-    """What won, by problem: the whole setting, whatever another size's heuristic would be."""
+    """Give the winning settings by problem, each as a whole, whatever another size's heuristic
+    says.
+    """
     return {
         outcome.key: dataclasses.asdict(outcome.best) for outcome in outcomes if outcome.is_gain
     }
@@ -215,7 +217,7 @@ def gains(outcomes: Iterable[Outcome]) -> dict[str, dict[str, Any]]:
 def make_record(
     settings: Mapping[str, Mapping[str, Any]], device: Device, command: str
 ) -> dict[str, Any]:
-    """The file of launch settings: what won, and where it was measured."""
+    """Write the file of launch settings: the winners, and the machine of the measurement."""
     return {
         "device": device.name,
         "versions": {
@@ -231,7 +233,9 @@ def make_record(
 
 
 def describe_outcome(case: TuneCase, outcome: Outcome) -> str:
-    """One line: the problem, its time before and after, and what made the difference."""
+    """Describe an outcome in one line: the problem, its time before and after, and the winning
+    fields.
+    """
     before, after = outcome.before.median, outcome.after.median
     scatter = max(outcome.before.spread, outcome.after.spread)
     verdict = describe_setting(outcome.best) if outcome.is_gain else "no gain beyond the scatter"

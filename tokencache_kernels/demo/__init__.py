@@ -1,1 +1,1 @@
-"""The small trained diffusion transformer that ships with the package, and what is done with it."""
+"""The small trained diffusion transformer that ships with the package, and its experiments."""

@@ -69,7 +69,7 @@ def distort(images: Tensor) -> Tensor:
         torch.stack([sine, cosine, shift[:, 1]], dim=1),
     ]
     grid = F.affine_grid(torch.stack(rows, dim=1), list(images.shape), align_corners=False)
-    # sampled around 0, so that what lies outside the picture is background
+    # sampled around 0, so that everything outside the image is background
     return F.grid_sample(images + 1, grid, align_corners=False) - 1
 
 
@@ -95,7 +95,7 @@ def train(epochs: int, batch: int, peak: float) -> tuple[DigitsClassifier, dict[
             optimizer.zero_grad()
             schedule.step()
     seconds = time.monotonic() - started
-    # what ships is float16, so that is what is judged
+    # the shipped weights are float16, so those are judged
     model = model.half().float().eval().requires_grad_(False)
     predicted, _ = classify(model, images[num_train:])
     return model, {

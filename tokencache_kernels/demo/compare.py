@@ -1,7 +1,7 @@
 """``tokencache compare``: every policy at several operating points, on the same seeds.
 
-Writes a table, a plot of quality against measured speed, the JSON behind them, and what they say of
-the papers' claims. The digits are kept in chunks: a run that was broken off goes on where it was.
+Writes a table, a plot of quality against measured speed, the JSON behind them, and the findings on
+the papers' claims. The digits are kept in chunks, so that a broken run goes on from there.
 """
 
 import argparse
@@ -39,7 +39,7 @@ _RESAMPLES = 100
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What to draw, where, and where to write."""
+    """Add the options: methods and samples to draw, and the files to write."""
     parser.add_argument(
         "--policies", nargs="+", metavar="NAME", help="such as toca-3, next to dense; default: all"
     )
@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Draw what is missing, measure, write."""
+    """Draw the missing digits, measure, write."""
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     drawing = Drawing(
@@ -138,7 +138,7 @@ def measure(
             **facts,
         }
         if method is not methods[0]:
-            # both in the same chunk, so that what slowed the machine cancels
+            # both in the same chunk, so that a slow machine cancels
             ratios = dense_seconds / seconds
             _, interval = describe_mean(ratios) if len(ratios) > 1 else (0.0, None)
             record |= _with_interval("speedup", speedup, interval)
@@ -168,7 +168,7 @@ def _with_interval(name: str, value: float, interval: float | None) -> dict[str,
 
 
 def write(folder: Path, records: list[dict[str, Any]], verdicts: list[str]) -> None:
-    """The table, the JSON and the plot; what is there is replaced."""
+    """Write the table, the JSON and the plot, over existing ones."""
     content = json.dumps({"records": records, "verdicts": verdicts}, indent=1)
     (folder / "compare.json").write_text(content + "\n")
     lines = [*make_table(records), "", *(f"- {verdict}" for verdict in verdicts)]

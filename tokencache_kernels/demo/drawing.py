@@ -23,7 +23,7 @@ from .sampling import sample
 
 @dataclass(frozen=True)
 class Drawing:
-    """What is drawn, besides the method: the same for all that are to be compared.
+    """The setting of a drawing besides the method, the same for all methods that are compared.
 
     Attributes:
         samples: how many digits; the i-th is the digit i mod 10 from the seed ``first_seed + i``.
@@ -61,7 +61,7 @@ class Drawing:
         return [range(start, min(start + self.batch, self.samples)) for start in starts]
 
     def path(self, method: Method, chunk: range) -> Path:
-        """Where one chunk of a method's digits is kept: its own place for all it depends on."""
+        """Give the path of one chunk of a method's digits, by everything that it depends on."""
         facts = hashlib.sha256(self.weights.read_bytes())
         way = settings.backend(), self.device.type, self.batch, torch.get_num_threads()
         facts.update(repr((method.policy, *way, __version__, torch.__version__)).encode())
@@ -79,7 +79,7 @@ class Drawing:
 def draw(model: Any, methods: Sequence[Method], drawing: Drawing) -> None:
     """Draw the chunks that are missing, with a progress bar, and keep each when it is done.
 
-    All methods draw a chunk before the next one begins: what slows the machine slows them alike.
+    All methods draw a chunk before the next one begins, so that a slow machine slows them alike.
     """
     from tqdm import tqdm
 

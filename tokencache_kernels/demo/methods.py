@@ -49,12 +49,12 @@ class Method:
 
     @property
     def family(self) -> str:
-        """What methods of one kind are called, whatever their numbers."""
+        """The name of all methods of one kind, whatever their numbers."""
         return self.name.split("-")[0]
 
     @property
     def flops_ratio(self) -> float:
-        """How many times fewer FLOPs the blocks take than in the dense model's steps."""
+        """The FLOP reduction over the blocks of the dense model's steps."""
         if self.policy is None:
             return self.dense_steps / self.steps
         return make_plan(self.policy, SHAPES["demo"]).flops_ratio
@@ -65,18 +65,17 @@ def parse_method(name: str, steps: int) -> Method:
 
     ``random``, ``toca`` and ``duca`` follow the published setting of DiT-XL with that refresh
     interval, and with that percentage of fresh tokens as the base of its ratios. ``l2c`` and
-    ``tokencache`` are the trained ones that ship with the package, with that percentage as
-    threshold and as share of cached tokens; ``l2c-last`` makes the last step full. ``calibrated``
-    is the shipped step table with that number of full steps. ``even`` spreads as many evenly, up to
-    the last step, and forecasts every sub-layer by that order; ``carried`` forecasts the model's
-    output instead, and runs nothing in between. ``uniform`` skips that percentage of the sub-layers
-    in every second step, all of them in turn. A number right behind another name is
-    the order of the forecast of what is stale.
+    ``tokencache`` are the shipped trained policies, with that percentage as threshold and as
+    fraction of cached tokens. ``l2c-last`` makes the last step full. ``calibrated`` is the shipped
+    step table with that number of full steps. ``even`` spreads as many evenly, up to the last step,
+    and forecasts every sub-layer by that order. ``carried`` forecasts the model's output instead,
+    and runs nothing in between. ``uniform`` skips that percentage of the sub-layers in every second
+    step, all of them in turn. A number right behind another name is the order of the forecast.
 
     Raises:
-        ValueError: there is no such method, and the message lists those there are; or what one was
-            trained for is another number of steps.
-        FileNotFoundError: what one was trained to is not there.
+        ValueError: there is no such method, and the message lists the methods; or a policy was
+            trained for another number of steps.
+        FileNotFoundError: the file of a trained policy is missing.
     """
     for usage, build in _METHODS.items():
         match = re.fullmatch(_to_pattern(usage), name)
@@ -259,7 +258,7 @@ def _tokencache(total: int, percent: int | None = None) -> _Built:
     return f"TokenCache, {percent} % cached", replace(policy, cache_ratio=percent / 100)
 
 
-# by usage: what a name's numbers build, given the steps of the dense model
+# by usage: the constructor from a name's numbers and the steps of the dense model
 _METHODS: dict[str, Callable[..., _Built]] = {
     "dense": _dense,
     "fewer-<steps>": _fewer,

@@ -1,4 +1,4 @@
-"""How far samples are from the dense model's samples, and from the real digits."""
+"""Distances of samples to the dense model's samples, and to the real digits."""
 
 import torch
 from torch import Tensor

@@ -19,13 +19,13 @@ from .metrics import psnr
 from .model import WEIGHTS, load_model
 from .sampling import GUIDANCE, STEPS, sample
 
-# the first is what the others are compared with; half the steps come on top
+# the others are compared with the first one; half the steps come on top
 METHODS = ("dense", "fora-3", "random-3", "toca-3", "tokencache", "l2c", "taylor1-3")
 
 
 @dataclass(frozen=True)
 class Result:
-    """What one method drew, and what it took."""
+    """The digits of one method, and their cost."""
 
     method: Method
     images: Tensor
@@ -37,7 +37,7 @@ class Result:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """How much to draw, and where to write."""
+    """Add the options: the number of digits, and the files to write."""
     parser.add_argument("--digits", type=int, default=20, help="how many to draw with each method")
     parser.add_argument("--steps", type=int, default=STEPS, help="DDIM steps")
     parser.add_argument("--guidance", type=float, default=GUIDANCE)
@@ -124,7 +124,7 @@ def print_table(results: list[Result]) -> None:
 
 
 def print_verdict(results: list[Result]) -> None:
-    """Say in words what is not in our favour, and how to read the rest."""
+    """Say in words where caching loses, and how to read the rest."""
     for result in results:
         if result.speedup < 1:
             print(

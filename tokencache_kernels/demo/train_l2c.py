@@ -21,7 +21,7 @@ ROUTER = Path(__file__).parent / "weights" / "digits_router.safetensors"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The common options, what a computed sub-layer costs, and where to cut."""
+    """Add the common options, the price of a computed sub-layer, and the threshold."""
     add_training_arguments(
         parser, steps=1200, batch=2, learning_rate=0.2, out="digits_router.safetensors"
     )

@@ -1,4 +1,4 @@
-"""``tokencache train METHOD``: train what a policy learns, on the demo's model and digits.
+"""``tokencache train METHOD``: train a policy on the demo's model and digits.
 
 A method is a module with ``add_arguments(parser)`` and ``run(options) -> int``.
 """
@@ -61,7 +61,7 @@ def add_training_arguments(
     learning_rate: float | None,
     out: str,
 ) -> None:
-    """What all methods take, with the method's defaults."""
+    """Add the options of all methods, with the method's defaults."""
     numbers: tuple[tuple[str, type, float | None, str], ...] = (
         ("--steps", int, steps, "training steps"),
         ("--batch", int, batch, "digits a training step"),
@@ -91,7 +91,7 @@ def add_training_arguments(
 
 
 def state_path(options: argparse.Namespace) -> Path:
-    """Where the training keeps its checkpoint."""
+    """Give the path of the training's checkpoint."""
     given: Path | None = options.state
     out: Path = options.out
     return given or out.with_suffix(".state")
@@ -119,7 +119,7 @@ def draw_digits(batch: int, device: str) -> Draw:
 
 
 def describe_run(options: argparse.Namespace, history: list[dict[str, float]]) -> dict[str, Any]:
-    """What a record says of a training, whatever was trained."""
+    """Collect the facts of a training for its record."""
     names = ("steps", "batch", "learning_rate", "seed", "sampler_steps", "device")
     return {
         **{name: getattr(options, name) for name in names},

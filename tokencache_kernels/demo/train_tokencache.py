@@ -34,7 +34,7 @@ CALIBRATION_SAMPLES = 64
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The common options, the kind of predictor, and what a fresh token costs."""
+    """Add the common options, the kind of predictor, and the price of a fresh token."""
     add_training_arguments(
         parser, steps=1000, batch=8, learning_rate=None, out="digits_predictor.safetensors"
     )

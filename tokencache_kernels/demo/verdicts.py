@@ -1,4 +1,4 @@
-"""What the papers claim, judged at equal cost by the figures of a comparison."""
+"""The papers' claims, judged at equal cost by the figures of a comparison."""
 
 import math
 from collections.abc import Sequence
@@ -8,14 +8,14 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-# of a normal distribution, what 95 % lie within
+# the half-width of a normal distribution's 95 % interval
 NUM_SIGMAS = 1.96
 COSTS = {"flops_ratio": "at equal arithmetic", "speedup": "in equal measured time"}
 
 
 @dataclass(frozen=True)
 class Point:
-    """One method: what it saves, and how near each of its digits is to the dense one.
+    """One method: its savings, and the PSNR of each of its digits to the dense one.
 
     Attributes:
         family: the kind of method.

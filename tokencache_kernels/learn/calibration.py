@@ -1,10 +1,10 @@
 """Finds a step table for a model and its sampler: which steps run, and how the others are carried.
 
 Nothing is trained. The dense sampler is run once and recorded. A cost table over all gaps between
-full steps, from the recording alone, gives a first set of full steps by dynamic programming; a
-search then moves them. For every set the weights are solved by least squares while the sampler
-runs under them, step by step, so that each step lands as near to the dense run as the kept outputs
-allow; and each set is judged by the samples that come out. ``docs/adr`` has the reasons.
+full steps, from the recording alone, gives a first set of full steps by dynamic programming. A
+search then moves them. For every set the weights are solved by least squares while the sampler runs
+under them, step by step, so that each step lands as near to the dense run as the kept outputs
+allow. Each set is judged by the samples that come out. ``docs/adr`` has the reasons.
 """
 
 import itertools
@@ -306,7 +306,7 @@ def choose_steps(recording: Recording, settings: Settings) -> tuple[int, ...]:
 
     The cost of a gap from full step ``s`` to ``s'`` is the squared distance to the dense latents at
     ``s'`` that is left at best, if the outputs of ``s`` and of the full steps before it and the
-    latents at ``s`` are combined; what went wrong before ``s`` is left aside.
+    latents at ``s`` are combined. Errors before ``s`` are left aside.
     """
     costs = _tabulate_gaps(recording, settings)
     total = settings.num_inference_steps
@@ -461,7 +461,7 @@ def calibrate(
         unseen_seeds: those to judge it on.
         peak: the range of a sample's values, for PSNR.
         state_path: a file from which a search that was broken off goes on.
-        facts: what to write into the table beside the settings and the figures.
+        facts: entries for the table beside the settings and the figures.
 
     Returns:
         The table and its PSNR on the unseen seeds.

@@ -24,7 +24,7 @@ from .superposition import (
 def read_inputs(
     transformer: Any, latents: Tensor, timestep: Tensor, class_labels: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """What a predictor sees: the tokens (B, N, D), and what modulates the first block (B, D)."""
+    """Return a predictor's inputs: the tokens (B, N, D), and the conditioning (B, D) of block 0."""
     hidden_states = transformer.pos_embed(latents)
     block = transformer.transformer_blocks[0]
     return hidden_states, read_conditioning(block, hidden_states, timestep, class_labels)
@@ -156,7 +156,7 @@ def calibrate_predictor(
         scheduler: see ``train_predictor``.
         draw: gives a batch of clean latents and labels.
         num_batches: for each step.
-        seed: of what is drawn.
+        seed: of the noise and the batches.
     """
     _check_fit("calibrate_predictor", transformer, predictor, scheduler)
     generator = torch.Generator().manual_seed(seed)

@@ -49,8 +49,8 @@ def train_router(
         settings: see ``train_module``; published routers took 50,000 steps of 64 samples at a rate
             of 1e-3, without weight decay.
         checkpoint: see ``train_module``.
-        sparsity: what a computed sub-layer costs; the more, the more is skipped. Published: 1e-6
-            to 5e-6 for the 56 sub-layers of DiT-XL.
+        sparsity: the price of a computed sub-layer; a higher price skips more. Published: 1e-6 to
+            5e-6 for the 56 sub-layers of DiT-XL.
         threshold: the router's, for inference and for the share shown in training.
         facts: see ``train_module``; the sizes, ``sparsity`` and ``label_dropout`` are added.
         label_dropout: the share of the labels that become the class of no class, for both.

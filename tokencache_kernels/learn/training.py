@@ -1,4 +1,4 @@
-"""Train what a policy learns (a router, a predictor), in runs that may be broken off.
+"""The training loop of routers and predictors, in runs that may be broken off.
 
 A run keeps one checkpoint, a safetensors file that is replaced as a whole: whenever the process
 ends, the file is whole, and a run that goes on from it gives the same bits as one never broken off.
@@ -22,7 +22,7 @@ FORMAT = "tokencache_kernels training checkpoint 1"
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """How long, how fast and from which seed to train, and how often to save.
+    """The length, learning rate and seed of a training, and the interval between checkpoints.
 
     ``learning_rate`` is AdamW's; gradients longer than ``max_grad_norm`` are shortened to it.
     """
@@ -63,16 +63,16 @@ def train_module(
     arguments and the module, and computes deterministically.
 
     Args:
-        module: trained in place, where it requires a gradient; what does not is kept in the
-            checkpoint with the rest.
+        module: trained in place, as far as it requires a gradient; the rest is kept in the
+            checkpoint too.
         compute_loss: takes the step, counting up from 0, and the run's generator on the CPU, from
             which all that is random must come. It gives the loss, and figures for the progress
             line such as ``{"skipped": 0.4}``.
         settings: ``num_steps`` and ``save_every`` may change when a run is taken up again.
         checkpoint: the file that is resumed and, every ``save_every`` steps and after the last
             one, replaced.
-        facts: what is trained on what; a checkpoint with other facts is refused.
-        rate_factor: what the learning rate is multiplied with in a step.
+        facts: the subject of the training; a checkpoint with other facts is refused.
+        rate_factor: the factor of the learning rate in a step.
         after_step: called after each step, for instance to keep the parameters within bounds.
 
     Returns:

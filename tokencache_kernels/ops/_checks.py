@@ -124,7 +124,10 @@ def _check_index_values(op: str, indices: Tensor, num_tokens: int, may_repeat: b
 
 
 def is_plain(*weights: Tensor | None) -> bool:
-    """Whether these are no subclasses (quantised, say), of which PyTorch alone knows products."""
+    """Tell whether these are plain tensors.
+
+    Only PyTorch knows the products of subclasses, such as quantised ones.
+    """
     for weight in weights:
         if weight is None or type(weight) is Tensor or type(weight) is torch.nn.Parameter:
             continue
@@ -140,7 +143,7 @@ def expect_activation(op: str, activation: str) -> None:
 
 
 def expect_writable(op: str, name: str, tensor: Tensor) -> None:
-    """Check that what is written has unit stride, and that no two elements share their memory."""
+    """Check that an output has unit stride, and that no two elements share their memory."""
     if tensor.is_contiguous():
         return
     if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:

@@ -1,7 +1,7 @@
 """Registers the ops with PyTorch: one namespace, schemas by hand, a fake for each.
 
-Behind the registration stands only what an exported program, which leaves the public functions'
-checks behind, must get right as well: no autocast, strides, memory that is shared, versions.
+An exported program calls a registered op without the public function's checks. The registration
+therefore handles autocast, strides, shared memory and versions itself.
 """
 
 import functools
@@ -67,7 +67,8 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def _is_watched(given: Sequence[Any]) -> bool:
-    """Whether a call must go by PyTorch's dispatcher: a gradient, a compiler, a mode, a profiler.
+    """Tell whether a call must go by PyTorch's dispatcher: for a gradient, a compiler, a mode, a
+    profiler.
 
     Else the dispatcher would only call back, at the cost of a small op.
     """
@@ -111,7 +112,7 @@ def without_autocast(function: Function) -> Function:
 
 
 def _with_unit_stride(value: Any) -> Any:
-    """What an op reads, copied where its last stride is not 1; the public functions refuse it."""
+    """Copy an input whose last stride is not 1; the public functions refuse it."""
     if isinstance(value, Tensor):
         has_it = value.is_contiguous() or value.shape[-1] <= 1 or value.stride(-1) == 1
         return value if has_it else value.contiguous()
@@ -119,7 +120,7 @@ def _with_unit_stride(value: Any) -> Any:
 
 
 def _keep_apart(written: Tensor, usable: list[Any]) -> None:
-    """Copy each input that shares memory with what is written: it is read as it was before."""
+    """Copy each input that shares memory with an output, so that it is read as it was before."""
     for place, value in enumerate(usable):
         if isinstance(value, Tensor):
             if value is written or not torch._C._is_alias_of(written, value):  # type: ignore[attr-defined]
@@ -132,7 +133,10 @@ def _keep_apart(written: Tensor, usable: list[Any]) -> None:
 
 
 def share_memory(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors have elements in common; of other strides, whether they may have."""
+    """Tell whether two tensors have elements in common.
+
+    For other strides, tell whether they may have.
+    """
     is_alias = torch._C._is_alias_of(a, b)  # type: ignore[attr-defined]
     if not is_alias or a.numel() == 0 or b.numel() == 0:
         return False
@@ -146,7 +150,7 @@ def share_memory(a: Tensor, b: Tensor) -> bool:
 
 
 def _can_reach(distance: int, steps: Sequence[tuple[int, int, int]]) -> bool:
-    """Whether an element of ``a`` and one of ``b``, which begins so much later, are the same.
+    """Tell whether an element of ``a`` and one of ``b``, which begins so much later, are the same.
 
     Steps are stride, size of ``a`` and size of ``b``, the longest stride first.
     """

@@ -1,4 +1,4 @@
-"""Mix cached features with fresh ones, differentiably: what routers and predictors learn by."""
+"""Differentiable interpolation of cached and fresh features, for routers and predictors."""
 
 from typing import Any, NoReturn
 

@@ -25,7 +25,7 @@ BranchNorms = Sequence[RowNorm | None]
 def unpack_norms(
     weights: list[Tensor | None], offsets: list[float], eps: list[float]
 ) -> list[RowNorm | None]:
-    """The norms of branches from what a schema can hold; an ``eps`` below 0 stands for none."""
+    """Build the norms of branches from a schema's arguments; an ``eps`` below 0 stands for none."""
     if max(eps, default=-1.0) < 0:
         return []
     return [
@@ -296,8 +296,8 @@ def gather_modulate(
     Args:
         hidden_states: (B, N, D), any float dtype; stride 1 along D.
         indices: (B, S) int32; see ``gather_rows``.
-        shift: dtype and device of ``hidden_states``: (B, D), one of each sample; (B, N, D), one of
-            each token; with ``vector_index`` (B, K, D); or None for 0.
+        shift: dtype and device of ``hidden_states``. (B, D) is one of each sample, (B, N, D) one of
+            each token, and (B, K, D) goes with ``vector_index``. None: 0.
         scale: likewise.
         norm: a norm of weights (D,) of the same dtype; None: LayerNorm without weights.
         vector_index: see ``add_branches_``.
@@ -470,7 +470,7 @@ def check_modulate(
     vector_index: Tensor | None,
     gates: Gates = (),
 ) -> None:
-    """Check what ``gather_modulate`` takes, or a row pass besides its branches."""
+    """Check the arguments of ``gather_modulate``, or those of a row pass besides its branches."""
     expect(op, "hidden_states", hidden_states, (None, None, None), "(B, N, D)")
     expect_indices(op, indices, hidden_states)
     if vector_index is not None:

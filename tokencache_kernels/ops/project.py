@@ -54,7 +54,7 @@ def _with_same_strides(tensors: list[Tensor]) -> list[Tensor]:
     return [tensor.contiguous() for tensor in tensors]
 
 
-# what may be absent as a whole is an empty list
+# an absent group is an empty list
 _project_qkv_ = define(
     "project_qkv_(Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor x, Tensor? indices,"
     " Tensor[] weight, Tensor[] bias, Tensor[] norm, str norm_kind, float eps, Tensor[] rotary,"
@@ -81,10 +81,10 @@ def project_qkv_(
 ) -> Tensor:
     """Project rows to query, key and value, and store key and value rows in their caches.
 
-    ``query, key, value = split(x @ weight.T + bias)``; query and key are normalised per head and
-    rotated by the position of their own token where the model does so; then
-    ``key_cache[b, indices[b, s]] = key[b, s]``, and likewise the value. Other rows of the caches
-    keep their values, and an empty slot writes nothing into them.
+    ``query, key, value = split(x @ weight.T + bias)``. Query and key are normalised per head and
+    rotated by the position of their own token, if the model does so. Then ``key_cache[b, indices[b,
+    s]] = key[b, s]``, and the value in the same way. Other rows of the caches keep their values,
+    and an empty slot writes nothing into them.
 
     Args:
         key_cache: (B, N, H, E), written in place, not expanded; any float dtype; contiguous in H
@@ -170,7 +170,7 @@ def _split(
     letters: str,
     like: Tensor,
 ) -> list[Tensor]:
-    """Query's, key's and value's part, as views of what was given as one."""
+    """Return query's, key's and value's part as views of the joint tensor."""
     if isinstance(parts, Tensor):
         fused = (3 * shape[0], *shape[1:])
         if not is_plain(parts):

@@ -85,7 +85,7 @@ def select_tokens_(
         max_fresh: S, the width of the result; at most N.
         num_fresh: (L,) int32 on the device, how many tokens each layer recomputes, clamped to
             [0, S]; None: S in every layer. Only with scores of rank 3.
-        staleness_weight: what one step of staleness adds to the score.
+        staleness_weight: the amount that one step of staleness adds to the score.
         normalize: whether to divide the scores by their L2 norm over the tokens.
         grid: (H, W) with H * W = N, tokens in row-major order; None: no spatial bonus.
         tile: the side of a square of the grid; squares at the edges may be smaller.
@@ -235,7 +235,7 @@ def _select(
     if not torch.compiler.is_compiling():
         expect_no_transform("select_tokens_", scores, staleness)
     if scores.dim() == 2:
-        # views, so that the caller's staleness is what is written
+        # views, so that the caller's staleness is written
         scores, staleness = scores[None], staleness[None]
     indices, positions = _select_tokens_(
         scores.detach(), staleness, num_fresh, max_fresh, staleness_weight, normalize,

@@ -1,4 +1,4 @@
-"""What says which tokens matter: attention received, attention entropy, norms, change."""
+"""Scores of tokens: attention received, attention entropy, norms, change."""
 
 import torch
 from torch import Tensor
@@ -194,7 +194,7 @@ def head_norms(x: Tensor, *, backend: str = "auto") -> Tensor:
 def token_change(
     new: Tensor, old: Tensor, *, metric: str = "cosine", backend: str = "auto"
 ) -> Tensor:
-    """How far each token has moved since the last step.
+    """Measure the movement of each token since the last step.
 
     ``cosine``: ``1 - cos(new, old)``, and 1 where either is zero; ``relative_l1``:
     ``|new - old|_1 / max(|old|_1, 1e-12)``.

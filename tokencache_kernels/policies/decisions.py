@@ -1,4 +1,4 @@
-"""The words that policies are written in: a place, a time, and what is to be done there."""
+"""Core types of policies: ``Site``, ``Step``, ``Action``, ``Decision``, ``Policy``."""
 
 import ctypes
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Action(Enum):
-    """What happens at a site in one step."""
+    """The work of a site in one step."""
 
     FULL = "full"  # compute every token and store the result
     PARTIAL = "partial"  # recompute the fresh tokens, reuse the others
@@ -53,7 +53,7 @@ class Step:
         return self.total - 1 - self.index if counts_down else self.index
 
 
-# what the fresh queries of a self-attention see: all tokens as they are now, cached keys and values
+# the keys of fresh queries in self-attention: all tokens as they are now, cached keys and values
 # refreshed at the fresh tokens, or the fresh tokens alone
 AttentionVariant = Literal["kv_all", "kv_cache", "sel_only"]
 ATTENTION_VARIANTS: tuple[AttentionVariant, ...] = ("kv_all", "kv_cache", "sel_only")
@@ -61,7 +61,7 @@ ATTENTION_VARIANTS: tuple[AttentionVariant, ...] = ("kv_all", "kv_cache", "sel_o
 
 @dataclass(frozen=True)
 class Decision:
-    """What to do at a site, and how many tokens of each sample are fresh.
+    """The action at a site, and the number of fresh tokens of each sample.
 
     ``attention`` matters at self-attention sites that are computed in part.
     """
@@ -72,15 +72,15 @@ class Decision:
 
 
 class Policy(Protocol):
-    """What a runner asks of a policy."""
+    """A caching policy, as the runner asks it."""
 
     @property
     def num_inference_steps(self) -> int:
-        """How many steps the sampler takes."""
+        """The number of the sampler's steps."""
 
     @property
     def selector(self) -> "Selector":
-        """How the fresh tokens of a partial step are chosen."""
+        """The selector of the fresh tokens of a partial step."""
 
     @property
     def carrier(self) -> "Carrier":
@@ -101,7 +101,7 @@ class Policy(Protocol):
 def list_remembered(
     run: Sequence[Action], order: int, reader: Sequence[Action] | None = None
 ) -> list[int]:
-    """The steps whose output a site must store, given what it does in each step of a run.
+    """List the steps whose output a site must store, given its actions in a run.
 
     They are the last ``1 + order`` full steps before every reuse, partial or not, with the order of
     a carrier. An output that goes into another site alone is reused where that site, the
@@ -123,5 +123,5 @@ def round_float32(value: float) -> float:
 
 
 def count_fresh(fresh_ratio: float, num_tokens: int) -> int:
-    """How many of ``num_tokens`` a ratio stands for: their float32 product, truncated."""
+    """Convert a ratio to a number of tokens: its float32 product with ``num_tokens``, truncated."""
     return int(round_float32(round_float32(fresh_ratio) * num_tokens))

@@ -21,7 +21,7 @@ class DuCaConfig:
     even, or if ``skips_odd``, odd; see ``CyclicSchedule.place``.
 
     Attributes:
-        toca: what the other steps do; its schedule must be cyclic.
+        toca: the policy of the other steps; its schedule must be cyclic.
         skips_odd: which places are aggressive.
     """
 
@@ -56,12 +56,12 @@ class DuCaConfig:
 
     @property
     def num_inference_steps(self) -> int:
-        """How many steps the sampler takes."""
+        """The number of the sampler's steps."""
         return self.toca.num_inference_steps
 
     @property
     def selector(self) -> Selector:
-        """How the fresh tokens of a partial step are chosen."""
+        """The selector of the fresh tokens of a partial step."""
         return self.toca.selector
 
     @property
@@ -80,7 +80,7 @@ class DuCaConfig:
         return None
 
     def decide(self, site: Site, step: Step, num_tokens: int) -> Decision:
-        """What happens at ``site`` in ``step``; ``num_tokens`` is the length of its sequence."""
+        """Decide the work at ``site`` in ``step``; ``num_tokens`` is the length of its sequence."""
         decision = self.toca.decide(site, step, num_tokens)
         if decision.action is not Action.FULL and self._is_aggressive(step):
             return Decision(Action.SKIP, 0)
@@ -94,7 +94,7 @@ class DuCaConfig:
 
 @dataclass(frozen=True)
 class _Preset:
-    """What a model's published setting changes in ToCa's."""
+    """Changes of a model's published setting to ToCa's."""
 
     fresh_ratio: float
     skips_odd: bool = False

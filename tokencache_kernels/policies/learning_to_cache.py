@@ -1,6 +1,6 @@
 """Learning-to-Cache: every second step skips sub-layers that a trained router names.
 
-The papers leave some things open; ``docs/adr/0022-learning-to-cache.md`` says what was chosen.
+The papers leave some things open; ``docs/adr/0022-learning-to-cache.md`` has the choices.
 """
 
 import argparse
@@ -43,7 +43,7 @@ class LearningToCacheConfig:
         logits: (T, 2L), by ``s``; entry 2l is the attention of block l, 2l + 1 its MLP.
         threshold: in (0, 1); the higher, the more is skipped.
         counts_down: whether ``s`` counts down to 0, as for DiT, or up from 0, as for U-ViT.
-        model: what the router was trained for, in words.
+        model: the model that the router was trained for, in words.
         name: how the policy is called in reports.
         last_step_full: whether the last step computes every sub-layer, too; False: as published.
         carrier: gives what is skipped its value; it is reused as published.
@@ -77,7 +77,7 @@ class LearningToCacheConfig:
 
     @property
     def num_inference_steps(self) -> int:
-        """How many steps the sampler takes; for U-ViT, evaluations of each cache context."""
+        """The number of the sampler's steps; for U-ViT, evaluations of each cache context."""
         return self.logits.shape[0]
 
     @property
@@ -92,11 +92,11 @@ class LearningToCacheConfig:
 
     @cached_property
     def mask(self) -> tuple[tuple[bool, ...], ...]:
-        """Whether each entry of ``logits`` says to compute; a table on the host: (T, 2L)."""
+        """The computed entries of ``logits``, as a table (T, 2L) on the host."""
         return tuple(map(tuple, (self.logits.sigmoid() > self.threshold).tolist()))
 
     def is_full(self, step: Step) -> bool:
-        """Whether every sub-layer is computed in ``step``, whatever the mask says."""
+        """Tell whether every sub-layer is computed in ``step``, whatever the mask says."""
         is_last = self.last_step_full and step.index == step.total - 1
         return is_last or step.index == 0 or step.counter(self.counts_down) % 2 == 1
 
@@ -106,7 +106,7 @@ class LearningToCacheConfig:
         return list_cached_counters(self.num_inference_steps, self.counts_down)
 
     def count_computed(self, module: str) -> int:
-        """How many of the steps that are not full compute a module, summed over the blocks."""
+        """Count the steps that are not full but compute a module, summed over the blocks."""
         first = _MODULES.index(module)
         return sum(sum(self.mask[counter][first::2]) for counter in self.cached_counters)
 
@@ -122,7 +122,7 @@ class LearningToCacheConfig:
         return None
 
     def decide(self, site: Site, step: Step, num_tokens: int) -> Decision:
-        """What happens at ``site`` in ``step``; ``num_tokens`` is the length of its sequence."""
+        """Decide the work at ``site`` in ``step``; ``num_tokens`` is the length of its sequence."""
         name = type(self).__name__
         if step.total != self.num_inference_steps:
             got = f"one for {self.num_inference_steps}"
@@ -189,7 +189,7 @@ def save_router(router: LearningToCacheConfig, path: Path) -> None:
 def load_router(
     path: str | Path, *, num_layers: int | None = None, num_inference_steps: int | None = None
 ) -> LearningToCacheConfig:
-    """Read what ``save_router`` wrote.
+    """Load a file written by ``save_router``.
 
     Args:
         path: the file.
@@ -220,7 +220,7 @@ def load_router(
 
 @dataclass(frozen=True)
 class RouterPreset:
-    """What a published router was trained for, and the threshold that it is used with."""
+    """The model and sampler of a published router, and its threshold."""
 
     num_inference_steps: int
     num_layers: int
@@ -250,7 +250,7 @@ def import_router(path: str | Path, preset: str | RouterPreset) -> LearningToCac
 
     Args:
         path: the checkpoint.
-        preset: a name in ``ROUTER_PRESETS``, or what the router was trained for.
+        preset: a name in ``ROUTER_PRESETS``, or the setting that the router was trained for.
 
     Raises:
         ValueError: the file is truncated or foreign, or holds no router of this size.
@@ -269,11 +269,11 @@ def import_router(path: str | Path, preset: str | RouterPreset) -> LearningToCac
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
-    # what is no checkpoint makes torch.load raise anything
+    # torch.load raises anything on a file that is no checkpoint
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         if isinstance(error, pickle.UnpicklingError):
-            # PyTorch would advise to execute what is there
+            # PyTorch would advise to execute the file
             reason = "it holds something else"
         raise ValueError(
             f"import_router: path must be a whole checkpoint of tensors, got {path} ({reason})"

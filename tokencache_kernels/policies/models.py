@@ -1,4 +1,4 @@
-"""The models whose published setting is known: their shape at any size, and what is kept for it."""
+"""Models with a published setting: their shape at any size, and the published code's memory."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -12,7 +12,7 @@ from .toca import PUBLISHED_LAYERS
 
 @dataclass(frozen=True)
 class PublishedCode:
-    """What the published code of ToCa computes and keeps besides the output of every sub-layer.
+    """The work and memory of ToCa's published code beside the output of every sub-layer.
 
     Attributes:
         mapped: the modules whose attention map it makes in full steps, for every head; the prompts
@@ -20,7 +20,7 @@ class PublishedCode:
         keeps_maps: whether it keeps each layer's map, averaged over the heads, or only the mean
             that each key receives.
         unread_width: the hidden features of a single block's MLP, kept though nothing reads them.
-        computes: what else tells its shape from ours.
+        computes: the other arguments that tell its shape from ours.
     """
 
     mapped: tuple[str, ...]
@@ -41,7 +41,7 @@ class Model:
         pixels_per_token: the side of the square that is one token.
         dtype: the one that the published code runs in.
         reads_text: whether its tokens attend to a text of any length.
-        published: what the published code does otherwise, where there is one.
+        published: the deviations of the published code, if there is one.
     """
 
     preset: str
@@ -130,10 +130,10 @@ SHAPES = {name: model.shape() for name, model in MODELS.items()}
 def published_cache_bytes(
     published: PublishedCode, shape: ModelShape, element_size: int
 ) -> dict[str, int]:
-    """How many bytes the published code of ToCa takes for one batch, by what they hold.
+    """Count the bytes of ToCa's published code for one batch, by their use.
 
-    ``features``, ``staleness`` and ``scores`` as in ``cache_bytes``, the scores being what is kept
-    of the attention maps; ``maps``: the map of one layer while a full step is under way.
+    ``features``, ``staleness`` and ``scores`` as in ``cache_bytes``, with the kept means of
+    attention maps as scores; ``maps``: the map of one layer while a full step is under way.
     """
     features = staleness = scores = maps = 0
     for stack in shape.stacks:

@@ -34,7 +34,7 @@ class StepPlan:
         )
 
     def num_fresh(self, stream: str, module: str) -> tuple[int, ...]:
-        """How many tokens of each sample are computed, layer by layer."""
+        """The number of computed tokens of each sample, layer by layer."""
         return tuple(
             decision.num_fresh
             for site, decision in self.decisions.items()
@@ -57,7 +57,7 @@ class Plan:
 
     @property
     def flops_ratio(self) -> float:
-        """How many times fewer FLOPs than without any cache."""
+        """The FLOP reduction: the FLOPs without a cache over those with it."""
         return self.dense_flops / self.flops
 
     @property
@@ -106,8 +106,8 @@ def cache_bytes(plan: Plan, shape: ModelShape, element_size: int) -> dict[str, i
     """Count the bytes of a run's cache for one batch, by their use.
 
     ``features``: the output of every site that a later step reads, ``element_size`` bytes an
-    element, and keys and values as large as that where fresh queries see cached ones; ``text``: the
-    prompt's keys and values, where cross-attention is computed in part; ``staleness`` and
+    element, and keys and values as large as that if fresh queries see cached ones. ``text``: the
+    prompt's keys and values, if cross-attention is computed in part. ``staleness`` and
     ``scores``: an int32 and a float32 for every token and layer of the modules that are computed in
     part in some step; an MLP shares the scores of what is selected before it in its block, and
     where a predictor gives them the whole selection. ``differences``, where it forecasts: for every

@@ -18,8 +18,8 @@ class Predictor(nn.Module):
     """Scores every token for every block, once a step, in [0, 1]; 1 is worth computing.
 
     Attributes:
-        importance: (T, L, N), what calibration found: for each step and block the mean score of a
-            sample's best token, of its second best, and so on. NaN before calibration. It decides
+        importance: (T, L, N), the result of calibration: for each step and block the mean score of
+            a sample's best token, of its second best, and so on. NaN before calibration. It decides
             *how many* tokens a block computes, as sizes must be known before the sample is.
     """
 
@@ -34,7 +34,7 @@ class Predictor(nn.Module):
         )
 
     def arguments(self) -> dict[str, int]:
-        """What to call the class with to build one of the same shape."""
+        """The arguments that build a predictor of the same shape."""
         return {name: getattr(self, name) for name in ("num_layers", "num_tokens", "num_steps")}
 
     def __repr__(self) -> str:
@@ -177,7 +177,7 @@ def save_predictor(predictor: Predictor, path: Path) -> None:
 
 
 def load_predictor(path: str | Path) -> Predictor:
-    """Read what ``save_predictor`` wrote; nothing in a file is ever executed.
+    """Load a file written by ``save_predictor``. Nothing in a file is ever executed.
 
     Raises:
         ValueError: the file is truncated, or is no predictor of ours.

@@ -1,4 +1,4 @@
-"""Where: which share of the tokens each site recomputes in a partial step."""
+"""Routers: the fraction of tokens that each site recomputes in a partial step."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

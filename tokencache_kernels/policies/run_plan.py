@@ -159,7 +159,7 @@ class RunPlan:
 
     @property
     def is_predicted(self) -> bool:
-        """Whether a predictor scores blocks, so that all modules of a block share a selection."""
+        """Tell whether a predictor scores blocks, so that modules of a block share a selection."""
         return self.policy.selector.base_score == "predicted"
 
     def decision(self, index: int, site: Site) -> Decision:
@@ -171,11 +171,13 @@ class RunPlan:
         return [step[site].action for step in self.decisions[self.first :]]
 
     def skips(self, index: int) -> bool:
-        """Whether no block runs in step ``index``: the output of the step before stands."""
+        """Tell whether no block runs in step ``index``, which repeats the output of the step
+        before.
+        """
         return self._skips[index]
 
     def selects(self, index: int) -> bool:
-        """Whether some site computes some of its tokens in step ``index``."""
+        """Tell whether some site computes some of its tokens in step ``index``."""
         return any(one.action is Action.PARTIAL for one in self.decisions[index].values())
 
     def selection_of(self, site: Site) -> int | None:
@@ -183,11 +185,11 @@ class RunPlan:
         return self._selection_of.get(site)
 
     def stores(self, index: int, site: Site) -> bool:
-        """Whether the site is computed in full in step ``index`` and a later step reads that."""
+        """Tell whether a site is computed in full in step ``index`` for a later step to read."""
         return index in self._remembered[site]
 
     def stores_keys(self, index: int, site: Site) -> bool:
-        """Whether step ``index`` must also keep the keys and values of a self-attention."""
+        """Tell whether step ``index`` must also keep the keys and values of a self-attention."""
         return self.stores(index, site) and self._sees_cached_keys(site)
 
     def _sees_cached_keys(self, site: Site) -> bool:
@@ -197,7 +199,7 @@ class RunPlan:
         )
 
     def stores_output(self, index: int) -> bool:
-        """Whether step ``index`` must keep the last block's output, for a step without blocks."""
+        """Tell whether step ``index`` must keep the last block's output for a skipped step."""
         return not self._skips[index] and any(self._skips[index + 1 : index + 2])
 
     def trend(self, index: int, site: Site) -> Trend:
@@ -257,7 +259,7 @@ class RunPlan:
 
     @cached_property
     def has_skips(self) -> bool:
-        """Whether some step runs no block."""
+        """Tell whether some step runs no block."""
         return any(self._skips)
 
 

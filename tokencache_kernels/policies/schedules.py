@@ -1,4 +1,4 @@
-"""When: which steps compute everything and store it, and which live on what was stored."""
+"""Schedules: the steps that compute and store everything, and those that use the cache."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +16,7 @@ class Schedule(Protocol):
     """Says at which steps a site is computed in full; the first step always is."""
 
     def is_full(self, site: Site, step: Step) -> bool:
-        """Whether ``site`` computes every token in ``step``."""
+        """Tell whether ``site`` computes every token in ``step``."""
 
 
 class CyclicSchedule(Schedule, Protocol):
@@ -53,7 +53,7 @@ class IntervalSchedule:
             fail(name, "module_multiple", "be at least 1", dict(self.module_multiple))
 
     def is_full(self, site: Site, step: Step) -> bool:
-        """Whether ``site`` computes every token in ``step``."""
+        """Tell whether ``site`` computes every token in ``step``."""
         interval = self.refresh_interval * self.module_multiple.get(site.module, 1)
         return step.index < self.warmup or (step.index - self.phase) % interval == 0
 
@@ -93,7 +93,7 @@ class AdaptiveSchedule:
             fail(name, "dense_window", "be two rising shares in [0, 1]", window)
 
     def is_full(self, site: Site, step: Step) -> bool:
-        """Whether ``site`` computes every token in ``step``."""
+        """Tell whether ``site`` computes every token in ``step``."""
         in_first_block, in_other_blocks, _ = _full_steps(self, step.total)[step.index]
         return in_other_blocks if self.mixed_steps and site.layer > 0 else in_first_block
 
@@ -131,7 +131,7 @@ class StepSchedule:
         return cls(tuple(round(place * (total - 1) / gaps) for place in range(num_full)), total)
 
     def is_full(self, site: Site, step: Step) -> bool:
-        """Whether ``site`` computes every token in ``step``."""
+        """Tell whether ``site`` computes every token in ``step``."""
         return self._index(step) in self.steps
 
     def place(self, step: Step) -> int:
@@ -163,7 +163,7 @@ class LastStepFull:
     schedule: Schedule
 
     def is_full(self, site: Site, step: Step) -> bool:
-        """Whether ``site`` computes every token in ``step``."""
+        """Tell whether ``site`` computes every token in ``step``."""
         return step.index == step.total - 1 or self.schedule.is_full(site, step)
 
     def place(self, step: Step) -> int:

@@ -1,4 +1,4 @@
-"""Which: the tokens that are recomputed, as settings and one call of the selection op."""
+"""Selectors: the settings and the one call that select the tokens to recompute."""
 
 import math
 import zlib
@@ -34,15 +34,15 @@ class Selector(Protocol):
 
     @property
     def is_timeless(self) -> bool:
-        """Whether its launches are the same in every step: they do not depend on ``step``."""
+        """Tell whether its launches are the same in every step and do not depend on ``step``."""
 
     @property
     def draws_on_host(self) -> bool:
-        """Whether scores are drawn on the host before a step, by ``draw_scores``."""
+        """Tell whether scores are drawn on the host before a step, by ``draw_scores``."""
 
     @property
     def shares_guidance(self) -> bool:
-        """Whether both halves of a batch, conditional and not, get one selection."""
+        """Tell whether both halves of a batch, conditional and not, get one selection."""
 
     def draw_scores(self, sites: Sequence[Site], step: Step, staleness: Tensor) -> Tensor:
         """Scores of the shape of ``staleness``; called only if ``draws_on_host``."""
@@ -82,8 +82,8 @@ class ScoreSelector:
 
     ``score = normalized(base) + staleness_weight * staleness``, and on a grid the best token of
     every ``tile x tile`` square gains the factor ``1 + bonus``. The base is the attention that a
-    token receives, or ``1 +`` the entropy of its cross-attention, or ``1 -`` the norm of its value
-    (DuCa), or what the policy's predictor says (TokenCache), or nothing.
+    token receives, ``1 +`` the entropy of its cross-attention, ``1 -`` the norm of its value
+    (DuCa), the score of the policy's predictor (TokenCache), or nothing.
 
     ``shares_guidance`` gives both halves of the batch (conditional and not) one selection: entropy
     is then that of the two maps' mean, ``log 2 +`` the mean of theirs since they share no key.
@@ -147,7 +147,7 @@ class ScoreSelector:
 
     @property
     def is_timeless(self) -> bool:
-        """Whether the launches are the same in every step; a predictor's depend on the step."""
+        """Tell whether the launches are the same in every step, as a predictor's are not."""
         return self.base_score != "predicted"
 
     @property

@@ -1,4 +1,4 @@
-"""What a model computes and caches, as data: enough to count FLOPs and bytes without running it.
+"""Shapes of models as data: enough to count FLOPs and bytes without running a model.
 
 A multiply-add is 2 FLOPs; layer norm counts 1, softmax 5 and GELU 6 per element, as in the
 published counters. Embeddings, modulation and the final layer are left out, as are gates and
@@ -19,13 +19,13 @@ class ModuleShape:
     flops_full: int
     # the keys that a token attends to: none in an MLP
     num_keys: int = 0
-    # what each fresh token costs
+    # the cost of each fresh token
     flops_per_fresh: int = 0
-    # what a partial step costs as soon as one token is fresh, such as the keys of the text
+    # the cost of a partial step as soon as one token is fresh, such as the keys of the text
     flops_if_fresh: int = 0
-    # what every step costs that is not full
+    # the cost of every step that is not full
     flops_always: int = 0
-    # self-attention, whose tokens are also keys: what each costs as one, and a fresh token with it
+    # self-attention, whose tokens are also keys: the cost of each key, and of a fresh token with it
     flops_per_key: int = 0
     flops_per_pair: int = 0
     # the module that its output goes into, where it is no branch of its own

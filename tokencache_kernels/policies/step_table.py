@@ -23,11 +23,11 @@ FORMAT = "tokencache_kernels step table 1"
 class StepTable:
     """A table of full steps, and of the weights by which every step's output is made.
 
-    The output of step ``t`` is ``sum_j weights[t][j] * f_j + input_weights[t] * x``: ``f_j`` are
+    The output of step ``t`` is ``sum_j weights[t][j] * f_j + input_weights[t] * x``. ``f_j`` are
     the model's outputs in the last ``history`` full steps up to ``t``, oldest first, and ``x`` is
     the latents that the model is given at ``t``. A full step runs the model first, so its own
-    output is the last ``f_j``; weights other than (0, ..., 0, 1) let it also correct what the
-    steps before it foretold badly. No other step runs any part of the model.
+    output is the last ``f_j``. With weights other than (0, ..., 0, 1) it also corrects the
+    forecasts of the steps before it. No other step runs any part of the model.
 
     A table belongs to a model, a sampler and its number of steps, and is found by
     ``tokencache calibrate``, or made from a carrier by ``from_carrier``.
@@ -106,7 +106,7 @@ class StepTable:
 
     @property
     def flops_ratio(self) -> float:
-        """How many times fewer calls of the model than steps."""
+        """The number of steps over the number of calls of the model."""
         return self.num_inference_steps / len(self.full_steps)
 
     @property

@@ -1,4 +1,4 @@
-"""ToCa (arXiv:2410.05317) and what is ToCa with one piece exchanged: FORA, random tokens."""
+"""ToCa (arXiv:2410.05317), and its variants: FORA, random tokens."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -11,7 +11,8 @@ from .routers import FactorRouter, Router
 from .schedules import AdaptiveSchedule, IntervalSchedule, LastStepFull, Schedule
 from .selectors import RandomSelector, ScoreSelector, Selector
 
-# what a token gains in a whole cycle of waiting; a step of waiting gives 1 / refresh_interval of it
+# the gain of a token in a whole cycle of waiting; a step of waiting gives 1 / refresh_interval of
+# it
 STALENESS_GAIN = 0.25
 # published code divides the layer by 27 in every model, also where there are not 28 layers
 PUBLISHED_LAYERS = 28
@@ -135,7 +136,7 @@ class ToCaConfig:
         return None
 
     def decide(self, site: Site, step: Step, num_tokens: int) -> Decision:
-        """What happens at ``site`` in ``step``; ``num_tokens`` is the length of its sequence."""
+        """Decide the work at ``site`` in ``step``; ``num_tokens`` is the length of its sequence."""
         if self.schedule.is_full(site, step):
             return Decision(Action.FULL, num_tokens)
         num_fresh = count_fresh(self.router.fresh_ratio(site, step), num_tokens)
@@ -144,7 +145,7 @@ class ToCaConfig:
     def plan_cycle(
         self, sites: Sequence[Site], step: Step, num_tokens: int
     ) -> tuple[tuple[int, ...], ...]:
-        """How many tokens each site recomputes in each step after ``step``, up to a full one.
+        """Count the tokens that each site recomputes in each step after ``step``, up to a full one.
 
         The result has the shape (P, L) of ``ops.select_cycle_``; a step that is full at any of the
         sites ends the cycle.

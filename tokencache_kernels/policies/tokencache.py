@@ -1,6 +1,6 @@
 """TokenCache (arXiv:2409.18523): a trained predictor says which tokens of which blocks matter.
 
-The papers leave much open; ``docs/adr/0023-tokencache.md`` lists what was chosen here.
+The papers leave much open; ``docs/adr/0023-tokencache.md`` lists the choices.
 """
 
 import math
@@ -52,7 +52,7 @@ class TwoPhaseSchedule:
             fail(name, "boundary", "be in [0, 1]", self.boundary)
 
     def is_full(self, site: Site, step: Step) -> bool:
-        """Whether ``site`` computes every token in ``step``."""
+        """Tell whether ``site`` computes every token in ``step``."""
         boundary = count_fresh(self.boundary, step.total)
         if step.index < boundary:
             return step.index % (self.early_cached + 1) == 0
@@ -81,7 +81,7 @@ class PercentileSchedule:
             fail(name, "num_full", f"be in [1, {len(self.importance)}]", self.num_full)
 
     def is_full(self, site: Site, step: Step) -> bool:
-        """Whether ``site`` computes every token in ``step``."""
+        """Tell whether ``site`` computes every token in ``step``."""
         if step.total != len(self.importance):
             fail(
                 type(self).__name__, "importance", f"hold {step.total} steps", len(self.importance)
@@ -106,7 +106,7 @@ def _percentile_steps(schedule: PercentileSchedule) -> frozenset[int]:
 
 
 def count_fresh_tokens(importance: Tensor, cache_ratio: float, tile: int) -> tuple[int, ...]:
-    """How many tokens each block of one step computes, from one ratio for all of them.
+    """Count the tokens that each block of one step computes, from one ratio for all of them.
 
     Of all L * N values the largest ``(1 - cache_ratio) * L * N`` are marked (ties: the lower block
     first); a block computes as many tokens as it has marks, rounded up to a multiple of ``tile``
@@ -152,7 +152,7 @@ class TokenCacheConfig:
         cache_ratio: the share of the pruned blocks' tokens that is reused, in [0, 1].
         pruned_share: the share of the blocks that is pruned, in [0, 1].
         tile: 16, 32 or 64; a block's number of tokens is rounded up to a multiple of it.
-        attention: what fresh queries attend to: all current tokens (``"kv_all"``), cached keys and
+        attention: the keys of fresh queries: all current tokens (``"kv_all"``), cached keys and
             values refreshed at the fresh tokens (``"kv_cache"``), or each other (``"sel_only"``).
         name: how the policy is called in reports.
         carrier: gives what is not computed its value; it is reused as published.
@@ -203,7 +203,7 @@ class TokenCacheConfig:
 
     @cached_property
     def fresh_counts(self) -> tuple[tuple[int, ...], ...]:
-        """How many tokens each block computes in each step, were the step not full: (T, L)."""
+        """The number of tokens that each block computes in each step that is not full: (T, L)."""
         return tuple(self._count(importance) for importance in self.predictor.importance.cpu())
 
     def _count(self, importance: Tensor) -> tuple[int, ...]:
@@ -215,7 +215,7 @@ class TokenCacheConfig:
         return tuple(counts)
 
     def decide(self, site: Site, step: Step, num_tokens: int) -> Decision:
-        """What happens at ``site`` in ``step``; ``num_tokens`` is the length of its sequence."""
+        """Decide the work at ``site`` in ``step``; ``num_tokens`` is the length of its sequence."""
         name, predictor = type(self).__name__, self.predictor
         if step.total != self.num_inference_steps:
             wanted = f"be trained for {step.total} steps"

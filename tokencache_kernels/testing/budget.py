@@ -1,4 +1,4 @@
-"""How wrong a fast path may be: about as wrong as plain PyTorch in its dtype, against float64."""
+"""Error budgets of fast paths: about the error of plain PyTorch in their dtype, against float64."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""Record kernel launches: how many there are, and for what each would be compiled."""
+"""Recorders of kernel launches: their number, and the variants that would be compiled."""
 
 import inspect
 from collections.abc import Iterator
@@ -34,9 +34,9 @@ def count_launches() -> Iterator[list[str]]:
 def record_specialisations() -> Iterator[set[tuple[str, Any, Any]]]:
     """Collect the programs that launches in the block would be compiled to; none of them runs.
 
-    One is the name of a kernel; what cannot be changed at run time (constants, types, absences);
-    and what the compiler finds in the values: multiples of 16, and ones. For kernels under the
-    interpreter, which has no compiler of its own.
+    One is the name of a kernel, the values that cannot change at run time (constants, types,
+    absences), and the properties of values that the compiler finds: multiples of 16, and ones. For kernels
+    under the interpreter, which has no compiler of its own.
     """
     found: set[tuple[str, Any, Any]] = set()
     run = InterpretedFunction.run
@@ -70,7 +70,7 @@ def _type_of(value: Any) -> Any:
 
 
 def _value_of(value: Any, aligns: bool) -> Any:
-    """What the compiler takes for granted of an argument."""
+    """The compiler's assumptions on an argument."""
     if isinstance(value, tuple):
         return tuple(_value_of(one, aligns) for one in value)
     if isinstance(value, Tensor):

@@ -1,4 +1,4 @@
-"""A rehearsal of graph capture without a GPU: what is launched is recorded, and run again."""
+"""A dry run of graph capture without a GPU: calls of ops are recorded, and run again."""
 
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_iter
 from ..blocks import copy_tensors
 
 T = TypeVar("T")
-# what waits for the device, copies from the host or draws there: a graph cannot hold it
+# calls that wait for the device, copy from the host or draw there: a graph cannot hold them
 _FORBIDDEN = (
     "_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "lift_fresh",
     "_pin_memory", "rand", "randn", "randint", "randperm", "bernoulli", "uniform_", "normal_",
@@ -21,9 +21,9 @@ _FORBIDDEN = (
 class Tape:
     """Stands for ``blocks.CudaCapture`` on the CPU; all its recordings share one memory.
 
-    As with CUDA, a capture has no effect: what it has written to outside tensors is undone. A
-    replay runs the recorded calls of ops, on the very tensors of the capture, and no Python of the
-    model. Behind it everything that was allocated inside is overwritten, by NaN or -1, since other
+    As with CUDA, a capture has no effect: its writes to outside tensors are undone. A replay runs
+    the recorded calls of ops, on the very tensors of the capture, and no Python of the model.
+    Behind it everything that was allocated inside is overwritten, by NaN or -1, since other
     graphs use the same memory: whoever keeps such a tensor finds that.
 
     Attributes:
@@ -63,7 +63,7 @@ class _Recorder(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._calls: list[tuple[Any, tuple[Any, ...], dict[str, Any], Any]] = []
-        # by address of the storage: tensors allocated inside, what outside tensors held before
+        # by address of the storage: tensors allocated inside, and former values of outside tensors
         self._inside: dict[int, Tensor] = {}
         self._before: dict[int, tuple[Tensor, Tensor]] = {}
 
@@ -94,7 +94,7 @@ class _Recorder(TorchDispatchMode):
         return output
 
     def undo(self) -> None:
-        """Give outside tensors back what they held."""
+        """Restore the former values of outside tensors."""
         for tensor, before in self._before.values():
             tensor.copy_(before)
         self._before.clear()
@@ -102,7 +102,7 @@ class _Recorder(TorchDispatchMode):
     # a graph writes whatever mode its tensors were made in
     @torch.inference_mode()
     def replay(self) -> None:
-        """Run the ops again; what they returned then receives what they return now."""
+        """Run the ops again, and copy their results into the tensors of the capture."""
         for func, args, kwargs, output in self._calls:
             again = func(*args, **kwargs)
             for mine, new in zip(_tensors(output), _tensors(again), strict=True):

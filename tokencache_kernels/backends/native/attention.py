@@ -1,4 +1,4 @@
-"""Attention of fresh queries over all keys, with what importance scores need of it."""
+"""Attention of packed queries over all keys, with the log-sum-exp and the entropy for scores."""
 
 import torch
 from torch import Tensor

@@ -18,7 +18,7 @@ from ..reference.linear import ACTIVATIONS
 from .loading import OPS
 from .rows import gather_rows, scatter_rows_
 
-# what oneDNN calls an activation, and which kind of it
+# oneDNN's name of each activation, and its kind
 _FUSED = {"none": ("none", ""), "gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh"),
           "silu": ("swish", "")}  # fmt: skip
 
@@ -31,7 +31,7 @@ _SAMPLES, _PIECES = 509, 64
 
 @dataclass
 class _Packed:
-    """A packed copy of a weight, and what tells whether the weight has changed since.
+    """A packed copy of a weight, and the marks by which a change of the weight is noticed.
 
     Attributes:
         packed: in oneDNN's layout.
@@ -58,7 +58,7 @@ class _Packed:
         )
 
     def is_of(self, weight: Tensor) -> bool:
-        """Whether the weight seems unchanged: version, sample, and one piece in full."""
+        """Tell whether the weight seems unchanged, by version, by sample, and by one whole piece."""
         self.num_uses += 1
         piece = self.num_uses % _PIECES
         return (
@@ -69,7 +69,7 @@ class _Packed:
 
 
 def _span(weight: Tensor) -> int:
-    """How many elements lie between its first and its last, with any that are not its own."""
+    """Count the elements from its first to its last, gaps included."""
     O, K = weight.shape  # noqa: E741
     return (O - 1) * weight.stride(0) + K
 
@@ -146,7 +146,7 @@ class _PackedWeights:
 
 
 def _overlap(part: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
-    """Whether two parts of a storage share memory, from the first byte of each to its last."""
+    """Tell whether two parts of a storage share memory, from the first byte of each to its last."""
     (start, *_, end), (other_start, *_, other_end) = part, other
     return bool(start < other_end and other_start < end)
 
@@ -173,7 +173,7 @@ def drop_packed_weights(module: nn.Module | None = None) -> None:
 
 
 def _can_pack(weight: Tensor) -> bool:
-    """Whether oneDNN multiplies in this dtype on this processor, and packing is not turned off."""
+    """Tell whether oneDNN multiplies in this dtype on this processor, with packing turned on."""
     if weight.numel() < _SMALL or weight.is_inference() or not settings.packs_weights():
         return False
     if not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled:
@@ -186,7 +186,7 @@ def _can_pack(weight: Tensor) -> bool:
 
 
 def _has_kernel(x: Tensor) -> bool:
-    """Whether the library itself multiplies."""
+    """Tell whether the library itself multiplies."""
     return x.is_cuda
 
 

@@ -1,4 +1,4 @@
-"""Where the native library is, whether it loads, and how it was built."""
+"""The native library: its path, whether it loads, and the facts of its build."""
 
 import functools
 import importlib
@@ -57,13 +57,13 @@ def load_cuda_library() -> str | None:
 
 
 def library_path() -> Path:
-    """Where the library is: ``TOKENCACHE_NATIVE_LIBRARY``, or where the build installs it."""
+    """Give the path of the library: ``TOKENCACHE_NATIVE_LIBRARY``, or the place of installation."""
     override = settings.native_library_path()
     return Path(override) if override else _PACKAGE / "libtokencache_kernels.so"
 
 
 def cuda_library_path() -> Path:
-    """Where the CUDA half is: beside the library."""
+    """Give the path of the CUDA half, beside the library."""
     return library_path().with_name("libtokencache_kernels_cuda.so")
 
 
@@ -96,7 +96,10 @@ def refuse_gpu(device: torch.device) -> str | None:
 
 
 def _runs_on(arch: str, major: int, minor: int) -> bool:
-    """Whether code for ``80-real``, ``90a-real``, ... runs on a GPU of that compute capability."""
+    """Tell whether code for ``80-real``, ``90a-real``, ...
+
+    runs on a GPU of that compute capability.
+    """
     match = re.fullmatch(r"(\d+)(\d)([af]?)(-real|-virtual)?", arch)
     if match is None:
         return True  # "native", "all": it cannot be told
@@ -120,7 +123,7 @@ def build_info() -> dict[str, str] | None:
 
 
 def built_resources() -> str:
-    """Return what cuobjdump printed of the CUDA half when a developer built it, or nothing."""
+    """Return cuobjdump's report on the CUDA half of a developer's build, or nothing."""
     if settings.native_library_path():
         return ""
     try:
@@ -132,7 +135,7 @@ def built_resources() -> str:
 
 
 def _why_not_built() -> str:
-    """Return what the build has left behind on it, and what helps."""
+    """Return the build's note on a missing part, with the remedy."""
     left = _PACKAGE / "without_native.txt"
     why = f": {left.read_text().strip()}" if left.is_file() else ""
     return (

@@ -1,4 +1,4 @@
-"""What the kernels of the built CUDA half take of a GPU: read from the library, without a GPU."""
+"""Resources of the built CUDA kernels, read from the library without a GPU."""
 
 import re
 import shutil
@@ -26,7 +26,7 @@ class KernelResources:
         variant: its template arguments.
         registers: of a thread.
         local: bytes of a thread in local memory, where spilled registers go.
-        shared: bytes of shared memory of a block, beside what the launch asks for.
+        shared: bytes of shared memory of a block, beside those that the launch asks for.
     """
 
     arch: str
@@ -38,14 +38,14 @@ class KernelResources:
 
     @property
     def failure(self) -> str | None:
-        """What is wrong with the code, or None."""
+        """Name the fault of the code, or return None."""
         return f"{self.local} bytes of registers in memory" if self.local > 0 else None
 
 
 def read_resources(path: Path | None = None) -> list[KernelResources]:
     """The kernels of a library with CUDA code, or of the installed one, by architecture and name.
 
-    Of the installed one the build has kept what was to be read.
+    The build has kept the report of the installed library
 
     Raises:
         FileNotFoundError: the library was not built, or there is no cuobjdump to read it with.
@@ -62,7 +62,7 @@ def read_resources(path: Path | None = None) -> list[KernelResources]:
 
 
 def parse_resources(printed: str) -> list[KernelResources]:
-    """Read what ``cuobjdump -res-usage`` prints."""
+    """Parse the output of ``cuobjdump -res-usage``."""
     found, arch = [], ""
     lines = iter(printed.splitlines())
     for line in lines:

@@ -1,4 +1,4 @@
-"""Which tokens: scores combined, the best taken, staleness updated."""
+"""Selection of tokens: combined scores, exact top-k, updated staleness."""
 
 from torch import Tensor
 

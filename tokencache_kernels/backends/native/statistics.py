@@ -1,4 +1,4 @@
-"""What says which tokens matter: a few rows of an attention map at a time, never the whole."""
+"""Scores of tokens from a few rows of an attention map at a time, never from the whole."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""What every op means, in plain PyTorch: the specification that each fast path is judged by.
+"""The specification: every op in plain PyTorch, by which each fast path is judged.
 
 Runs on any device and in any floating dtype, and is differentiable. Every function computes in the
 dtype it is given, so that float64 inputs give the exact result and low-precision inputs the

@@ -67,7 +67,7 @@ def attention_logits(
 
 
 def _beyond(key: Tensor, key_lengths: Tensor) -> Tensor:
-    """Which tokens (B, N) lie beyond a sample's length."""
+    """Mark the tokens (B, N) beyond a sample's length."""
     return torch.arange(key.shape[1], device=key.device) >= key_lengths[:, None]
 
 

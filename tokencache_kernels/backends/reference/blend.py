@@ -12,8 +12,9 @@ def blend(cached: Tensor, fresh: Tensor, weight: Tensor) -> Tensor:
 def blend_backward(
     grad: Tensor, cached: Tensor, fresh: Tensor, weight: Tensor, needs_cached: bool
 ) -> tuple[Tensor | None, Tensor, Tensor]:
-    """The gradients (1 - weight) * grad of ``cached``, or None where it is not needed; weight *
-    grad of ``fresh``; and sum_d (fresh - cached) * grad of each weight, in the weights' dtype.
+    """Return the gradients of ``cached``, ``(1 - weight) * grad``, or None if it needs none; of
+    ``fresh``, ``weight * grad``. The gradient of each weight is ``sum_d (fresh - cached) * grad``,
+    in the weights' dtype.
     """
     w = weight[..., None]
     return (

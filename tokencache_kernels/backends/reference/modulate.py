@@ -120,8 +120,8 @@ def normalise(rows: Tensor, norm: RowNorm) -> Tensor:
 def vectors_of(vectors: Tensor, vector_index: Tensor | None) -> Tensor:
     """Each token's vector, (B, N, D) or (B, 1, D).
 
-    From (B, D) one of each sample; from (B, N, D) the token's own; with ``vector_index`` (B, N)
-    from (B, K, D) the one of that number, clipped to [0, K).
+    (B, D) gives one vector to each sample, (B, N, D) one to each token. With ``vector_index`` (B,
+    N), (B, K, D) gives the vector of that number, clipped to [0, K).
     """
     if vectors.dim() == 2:
         return vectors[:, None]

@@ -11,7 +11,7 @@ from .rows import gather_rows, scatter_rows_, split_empty
 
 
 class QkNorm(NamedTuple):
-    """How a model normalises each head of its queries and keys, between projection and rotation.
+    """The norm of each head of queries and keys, between projection and rotation.
 
     Attributes:
         query_weight: (E,).
@@ -43,10 +43,10 @@ def project_qkv_(
 ) -> Tensor:
     """Project rows to query, key and value; key and value rows go to their place in the caches.
 
-    caches (B, N, H, E); indices (B, S), or None for every token; weight and bias: query's, key's
-    and value's, (H * E, K) and (H * E,). x (B, S, K) holds the rows of those tokens; with
-    ``all_keys`` x (B, N, K) holds every token's, for which keys and values are made. Returns the
-    packed query (B, S, H, E).
+    The caches are (B, N, H, E); indices are (B, S), or None for every token. Weights are (H * E, K)
+    and biases (H * E,), in the order query, key, value. ``x`` (B, S, K) holds the rows of those
+    tokens. With ``all_keys``, ``x`` (B, N, K) holds every token's row, and keys and values are made
+    for all. Returns the packed query (B, S, H, E).
     """
     B, N, H, E = key_cache.shape
     every = torch.arange(N, dtype=torch.int32, device=x.device).expand(B, N)

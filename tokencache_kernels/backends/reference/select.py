@@ -1,4 +1,4 @@
-"""Which tokens: scores combined, the best taken, staleness updated."""
+"""Selection of tokens: combined scores, exact top-k, updated staleness."""
 
 import torch
 import torch.nn.functional as F
@@ -21,9 +21,9 @@ def select_tokens_(
     """For each step of a cycle in turn: combine the scores, take the top tokens, update the
     staleness.
 
-    scores (L, B, N); staleness (L, B, N) int32, updated in place; num_fresh (P, L) int32, or None
-    for ``max_fresh`` everywhere. Returns indices (P, L, B, max_fresh) int32, ascending, filled up
-    with -1, and positions (P, L, B, N) int32, the slot of each token or -1.
+    Takes scores (L, B, N), staleness (L, B, N) int32, which is updated in place, and num_fresh (P,
+    L) int32, or None for ``max_fresh`` everywhere. Returns indices (P, L, B, max_fresh) int32,
+    ascending, padded with -1, and positions (P, L, B, N) int32, the slot of each token or -1.
     """
     base = combine_base(scores, normalize)
     num_steps = 1 if num_fresh is None else num_fresh.shape[0]

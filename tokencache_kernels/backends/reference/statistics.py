@@ -1,4 +1,4 @@
-"""What says which tokens matter, in float32 at least, whatever the inputs are.
+"""Scores of tokens, in float32 at least, whatever the dtype of the inputs.
 
 An attention map is made for some queries and heads at a time, so that scratch grows with the number
 of tokens and not with its square.
@@ -73,7 +73,7 @@ def head_norms(x: Tensor) -> Tensor:
 
 
 def token_change(new: Tensor, old: Tensor, metric: str) -> Tensor:
-    """How far each token moved: 1 - cos(new, old), or |new - old|_1 / |old|_1."""
+    """Measure the movement of each token: ``1 - cos(new, old)``, or ``|new - old|_1 / |old|_1``."""
     new, old = new.to(_wide(new)), old.to(_wide(old))
     if metric == "cosine":
         factors = (_factor_of(x, _TINY_SQUARES) for x in (new, old))

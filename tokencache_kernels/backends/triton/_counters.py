@@ -30,7 +30,7 @@ def _counters_of_capture(device: torch.device, count: int) -> torch.Tensor:
     capture = capture_under_way(torch.cuda.current_stream(device).cuda_stream)
     known, buffer = _OF_CAPTURE.get(device, (None, None))
     if capture is None or known != capture or buffer is None or buffer.numel() < count:
-        # the fill is captured along with what follows
+        # the fill is captured along with the kernels after it
         buffer = _new_buffer(device, count)
         if capture is not None:
             _OF_CAPTURE[device] = capture, buffer

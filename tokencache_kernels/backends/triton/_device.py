@@ -1,4 +1,4 @@
-"""What the kernels share on the device: rounding that does not depend on who runs them."""
+"""Device functions of all kernels: rounding that does not depend on the launch."""
 
 import triton
 import triton.language as tl
@@ -27,8 +27,8 @@ def round_to(x, dtype: tl.constexpr):
 def await_previous():
     """In a kernel launched early (``early_start``): wait for all that went before on the stream.
 
-    What follows may read what the previous kernel wrote and overwrite what it read. The next kernel
-    may take its place on the device meanwhile, and waits in turn.
+    Later code may read the previous kernel's results and overwrite its inputs. The next kernel may
+    take its place on the device meanwhile, and waits in turn.
     """
     gdc_wait()
     gdc_launch_dependents()

@@ -40,7 +40,7 @@ class GemmTile:
     group_m: int = 8
 
     def num_tiles(self, num_rows: int, out_features: int) -> int:
-        """How many tiles cover the output."""
+        """Count the tiles that cover the output."""
         return ceil(num_rows / self.block_m) * ceil(out_features / self.block_n)
 
     def constants(self) -> dict[str, int]:
@@ -156,7 +156,7 @@ def estimate(
 def split_buffers(
     setting: GemmSetting, num_splits: int, num_tiles: int, device: torch.device
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Where the programs of split tiles leave their parts and count themselves; None when whole."""
+    """Make the buffers of split tiles, for partial sums and counters; None for whole tiles."""
     if num_splits == 1:
         return None, None
     size = num_splits * num_tiles * setting.block_m * setting.block_n
@@ -337,7 +337,7 @@ def complete_piece(
 
 @triton.jit
 def halve(x):
-    """The left and the right half of the columns; every thread keeps what it holds."""
+    """Return the left and the right half of the columns; every thread keeps its elements."""
     return tl.split(tl.permute(tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2)), (0, 2, 1)))
 
 

@@ -1,4 +1,4 @@
-"""The product of queries and keys, for heads of any width: what kernels with attention maps share.
+"""The product of queries and keys for heads of any width, used by all kernels with attention maps.
 
 A head is a power of two of channels and, where that is not all, a smaller power of two: 72 as
 64 + 16 wastes 8 channels, as 128 it would waste 56. Strides are passed as counts of a constant UNIT
@@ -89,7 +89,7 @@ def rows_from(ptr, first, count, stride, BLOCK: tl.constexpr):
 
 @triton.jit
 def count_keys(lengths_ptr, batch, N):
-    """How many keys the sample has."""
+    """Count the keys of the sample."""
     num_keys = N
     if lengths_ptr is not None:
         num_keys = tl.minimum(tl.maximum(tl.load(lengths_ptr + batch), 0), N)

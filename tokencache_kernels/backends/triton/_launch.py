@@ -1,4 +1,4 @@
-"""Launch settings as data: the device of a launch, what was tuned for it, what must compile."""
+"""Launch settings as data: the device of a launch, its tuned settings, and the cases to compile."""
 
 import dataclasses
 import importlib
@@ -24,7 +24,7 @@ SHIPPED = Path(__file__).parent / "settings"
 
 @dataclass(frozen=True)
 class Device:
-    """What a heuristic may know of the device: ``arch`` is 90 for sm_90."""
+    """The facts of a device that a heuristic may use: ``arch`` is 90 for sm_90."""
 
     arch: int
     name: str
@@ -74,7 +74,7 @@ class Trial:
     seen: dict[str, Any] = field(default_factory=dict)
 
     def choose(self, key: str, heuristic: Setting) -> Setting:
-        """The setting on trial; remembers what it stands in for."""
+        """The setting on trial, which remembers the one that it replaces."""
         self.seen[key] = heuristic
         chosen: Setting = heuristic if self.setting is None else self.setting
         return chosen
@@ -134,7 +134,7 @@ def choose(
     return heuristic
 
 
-# what was tuned in this process, by problem
+# settings tuned in this process, by problem
 _adopted: dict[str, Any] = {}
 
 
@@ -176,7 +176,7 @@ def problem_key(kernel: str, problem: Mapping[str, int]) -> str:
 
 @cache
 def tuned(device_name: str, path: str | None) -> dict[str, tuple[Path, dict[str, Any]]]:
-    """What was tuned for a device, by problem: the file it stands in, and the setting's fields.
+    """The tuned settings of a device, by problem: the source file, and the setting's fields.
 
     Entries of the file at ``path`` go before the shipped ones. Each file is read once in a process.
     """
@@ -215,7 +215,7 @@ class CompileCase:
 
     Attributes:
         kernel: the ``@triton.jit`` function.
-        variant: what distinguishes it for the reader, such as ``gelu_tanh bf16``.
+        variant: the reader's name of the case, such as ``gelu_tanh bf16``.
         setting: the launch setting, printed in the report.
         signature: the type of each argument that is not a constexpr, such as
             ``{"x_ptr": "*bf16", "N": "i32"}``; of a tuple, one type for each of its items.

@@ -1,10 +1,10 @@
-"""How a kernel that moves rows cuts them up: several rows by some of their channels a program."""
+"""The block shape of a kernel that moves rows: several rows by some of their channels a program."""
 
 from dataclasses import dataclass
 
 import triton
 
-# what the package is for: beyond it a whole row no longer fits one program's registers
+# the widest rows that are supported: beyond them a whole row no longer fits one program's registers
 MAX_WIDTH = 8192
 
 

@@ -1,4 +1,4 @@
-"""Attention of fresh queries over all keys in one pass, with what importance scores need of it.
+"""Attention of packed queries over all keys in one pass, with log-sum-exp and entropy for scores.
 
 The scores of a block of queries stay in registers; the log-sum-exp, and the entropy of each row of
 the map where it is asked for, come out of the same running sums as the softmax. The product with
@@ -55,7 +55,9 @@ class AttentionSetting:
 def attention_settings(
     device: Device, itemsize: int, head_dim: int, with_entropy: bool
 ) -> list[AttentionSetting]:
-    """What is worth trying: first the heuristic's choice, last its choice where queries are few."""
+    """List the settings worth trying: the heuristic's choice first, its choice for few queries
+    last.
+    """
     if itemsize == 4:
         return [AttentionSetting(32, 16, 4, 1)]
     if device.arch not in (90, 100) and head_dim > 80:
@@ -143,7 +145,7 @@ def _attend_head(
     q = load_tile(query_rows, 0, WIDTH, E)
     q_rest = load_tile(query_rows, WIDTH, REST, E) if REST > 0 else None
     out = tl.zeros((BLOCK_M, WIDTH), dtype=tl.float32)
-    # what is not wanted is carried along unchanged, which the compiler drops
+    # unused statistics are carried along unchanged, which the compiler drops
     out_rest = tl.zeros((BLOCK_M, REST if REST > 0 else 1), dtype=tl.float32)
     peak = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
     total = tl.zeros((BLOCK_M,), dtype=tl.float32)

@@ -260,7 +260,7 @@ _LIBRARY_GELU = {"cpu": "gelu", "cuda": "gelu_tanh"}
 
 
 def _is_in_library(x: Tensor, bias: Tensor | None, activation: str) -> bool:
-    """Whether the library has this epilogue, so that the result is rounded once there too."""
+    """Tell whether the library has this epilogue, so that the result is rounded once there too."""
     has_gelu = bias is not None and activation == _LIBRARY_GELU[x.device.type]
     return activation == "none" or has_gelu
 
@@ -434,7 +434,7 @@ def tune_cases(device: Device) -> Iterator[TuneCase]:
     """The two layers of the MLP of DiT-XL and of FLUX, at each number of rows that is usual."""
     where = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16
-    # what a setting is looked up by is the next power of two; these are rows of the benchmarks
+    # settings are looked up by the next power of two; these are rows of the benchmarks
     problems = [(1152, S) for S in (688, 86, 218, 416, 2048, 3552, 7130)]
     problems += [(3072, S) for S in (614, 191, 460, 1382, 2304, 11880)]
     for D, S in [(32, 8)] if device == INTERPRETER else problems:

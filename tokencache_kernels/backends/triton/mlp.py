@@ -48,7 +48,7 @@ class MlpSetting(GemmTile):
 
 @triton.jit
 def _wait_until(counter_ptr, count):
-    """Return once the counter has reached ``count``; what was written before it did is visible."""
+    """Return once the counter has reached ``count``. Writes before it are visible then."""
     while tl.atomic_add(counter_ptr, 0, sem="acquire") < count:
         pass
 
@@ -76,9 +76,9 @@ def _mlp_kernel(
     BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    """rows[m] = layer_norm(x[b, indices[b, s]]) * (1 + scale[b]) + shift[b], with m = b * S + s;
-    hidden = activation(rows @ fc1_weight.T + fc1_bias);
-    cache[b, indices[b, s]] = hidden[m] @ fc2_weight.T + fc2_bias; an empty slot writes nothing.
+    """``rows[m] = layer_norm(x[b, indices[b, s]]) * (1 + scale[b]) + shift[b]``, with ``m = b * S +
+    s``. Then ``hidden = activation(rows @ fc1_weight.T + fc1_bias)`` and ``cache[b, indices[b, s]]
+    = hidden[m] @ fc2_weight.T + fc2_bias``. An empty slot writes nothing.
 
     All programs are resident, and each does its share of the three loops in order, so whatever a
     tile waits for is being made. ``counters``: programs that are through; for every row block, the

@@ -24,7 +24,7 @@ MAX_PASS_BRANCHES = 4
 
 @triton.jit
 def _number_rows(vector_index_ptr, batch, row, is_token, K, stride_vb):
-    """Which vector of its sample each token takes, of K that are numbered; else the token's own."""
+    """Give the number of each token's vector, of the K of its sample, or the token's own."""
     number = row
     if vector_index_ptr is not None:
         numbers = vector_index_ptr + batch * stride_vb + row
@@ -213,12 +213,15 @@ def _vector_strides(vectors: Tensor | None) -> tuple[int, int]:
 
 
 def _are_per_token(*vectors: Tensor | None) -> bool:
-    """Whether any token has vectors of its own; those of a sample have a stride of 0 among them."""
+    """Tell whether any token has vectors of its own.
+
+    Those of a sample have a stride of 0 among tokens.
+    """
     return any(one is not None and one.dim() == 3 for one in vectors)
 
 
 def _count_vectors(vector_index: Tensor | None, *vectors: Tensor | None) -> int:
-    """How many vectors are numbered, the same of all."""
+    """Count the numbered vectors, which is the same for all."""
     if vector_index is None:
         return 0
     return next((one.shape[1] for one in vectors if one is not None and one.dim() == 3), 1)
@@ -337,7 +340,7 @@ def _row_pass_kernel(
     mask_d = offs_d < D
     is_token = row < N
     is_slot = (row >= N) & (row < N + S)
-    # first of all: what follows waits for the rows anyway
+    # first of all: everything after it waits for the rows anyway
     position = tl.load(positions_ptr + batch * stride_pb + row, mask=is_token, other=-1)
     index = tl.load(indices_ptr + batch * stride_ib + row - N, mask=is_slot, other=0)
 

@@ -299,8 +299,8 @@ def _settings(
 
 # many steps of k, so that the loop stays one
 _COMPILED_D_IN = 3072
-# norm, whether rotated, heads and their dim, whether all keys, dtype: DiT-XL's projection; FLUX's;
-# one with all there is, on heads of 96 columns; and the heaviest in the other dtypes
+# norm, rotation, heads and their dim, all keys, dtype: DiT-XL's projection, FLUX's, one with every
+# feature on heads of 96 columns, and the heaviest in the other dtypes
 _COMPILED_VARIANTS = (
     ("none", False, 16, 72, False, "bf16"),
     ("rms", True, 24, 128, False, "bf16"),

@@ -73,8 +73,8 @@ def _load_known(scores_ptr, start, N, BLOCK: tl.constexpr):
 
 @triton.jit
 def _measure_norm(scores_ptr, N, BLOCK: tl.constexpr):
-    """What scores are multiplied by, and then divided by: the L2 norm of those that are not NaN, at
-    least 1e-12; where its square may go beyond float32, both are smaller by a power of two.
+    """Return the factor and the divisor of scores: the L2 norm of those that are not NaN, at least
+    1e-12. Where its square may go beyond float32, both are smaller by a power of two.
     """
     largest = tl.zeros([BLOCK], tl.float32)
     for start in range(0, N, BLOCK):
@@ -112,7 +112,7 @@ def _raise_winners(keys_ptr, height, width, tile, factor, LANES: tl.constexpr):
 
 @triton.jit
 def _count_from(bound, held_keys, keys_ptr, N, HOLDS_KEYS: tl.constexpr, BLOCK: tl.constexpr):
-    """How many keys are at least ``bound``."""
+    """Count the keys that are at least ``bound``."""
     counts = tl.zeros([BLOCK], tl.int32)
     if HOLDS_KEYS:
         counts += (held_keys >= bound).to(tl.int32)
@@ -151,9 +151,10 @@ def _select_tokens_kernel(
     NORMALIZE: tl.constexpr, HAS_GRID: tl.constexpr, HOLDS_KEYS: tl.constexpr,
     BLOCK: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """For p in turn: score = scores[l, b] / norm + staleness_weight * staleness[l, b], winners of
-    the grid's squares times the factor; indices[p, l, b] = the top num_fresh[p, l], ascending;
-    positions[p, l, b] = their inverse; staleness[l, b] = 0 where fresh, else one more.
+    """For each p in turn, ``score = scores[l, b] / norm + staleness_weight * staleness[l, b]``, and
+    winners of the grid's squares take the factor. ``indices[p, l, b]`` are the top ``num_fresh[p,
+    l]``, ascending, and ``positions[p, l, b]`` their inverse. ``staleness[l, b]`` is 0 for fresh
+    tokens, else one more.
     """
     batch = tl.program_id(0).to(tl.int64)
     layer = tl.program_id(1).to(tl.int64)

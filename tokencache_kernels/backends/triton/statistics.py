@@ -1,4 +1,4 @@
-"""What says which tokens matter, without an attention map in memory.
+"""Scores of tokens without an attention map in memory.
 
 A map is computed block by block where it is summed: the log-sum-exp of each query's scores, which
 an attention forward returns, is all that its softmax needs. Every sum is one program's, in a fixed
@@ -50,7 +50,7 @@ class MapSetting:
 
 
 def map_settings(itemsize: int, head_dim: int) -> list[MapSetting]:
-    """What a map that is summed over one side may take, largest block first."""
+    """List the settings of a map that is summed over one side, largest block first."""
     if itemsize == 4 or head_dim % 8:
         # float32 is multiplied on the ordinary cores, and odd heads are copied element by element:
         # both need the registers
@@ -260,7 +260,7 @@ def attention_entropy(
 def _choose(
     kernel: str, settings: list[MapSetting], query: Tensor, num_rows: int, num_maps: int
 ) -> MapSetting:
-    """The largest block that leaves no multiprocessor without a program, or what was tuned."""
+    """Choose the largest block that keeps every multiprocessor busy, or the tuned one."""
     device = device_of(query.device)
     heuristic = next(
         (s for s in settings if ceil(num_rows / s.block_m) * num_maps >= device.num_sms),
