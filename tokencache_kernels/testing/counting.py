@@ -35,8 +35,8 @@ def record_specialisations() -> Iterator[set[tuple[str, Any, Any]]]:
     """Collect the programs that launches in the block would be compiled to; none of them runs.
 
     One is the name of a kernel, the values that cannot change at run time (constants, types,
-    absences), and the properties of values that the compiler finds: multiples of 16, and ones. For kernels
-    under the interpreter, which has no compiler of its own.
+    absences), and the properties of values that the compiler finds: multiples of 16, and ones. For
+    kernels under the interpreter, which has no compiler of its own.
     """
     found: set[tuple[str, Any, Any]] = set()
     run = InterpretedFunction.run

@@ -58,7 +58,7 @@ class _Packed:
         )
 
     def is_of(self, weight: Tensor) -> bool:
-        """Tell whether the weight seems unchanged, by version, by sample, and by one whole piece."""
+        """Tell whether the weight seems unchanged: by version, by sample, by one whole piece."""
         self.num_uses += 1
         piece = self.num_uses % _PIECES
         return (
