@@ -73,7 +73,7 @@ class BuildNative(build_ext):
         raise ExecError(_failure("CMake's message is above"))
 
     def _build(self, cmake: str) -> bool:
-        """Whether every step of CMake succeeds."""
+        """Tell whether every step of CMake succeeds."""
         prefix = ROOT if self.inplace else Path(self.build_lib).resolve()
         build = Path(self.build_temp).resolve() / "native"
         has_torch = why_without_library() is None
@@ -84,7 +84,7 @@ class BuildNative(build_ext):
             "TOKENCACHE_DEVELOPER": has_torch and bool(self.inplace),
         }
         flags = [f"-D{name}={'ON' if value else 'OFF'}" for name, value in options.items()]
-        # fresh: what CMake remembers may be of another place, or of another environment
+        # fresh: CMake's cache may be of another place, or of another environment
         configure = ["--fresh", "-S", ROOT, "-B", build, "-G", "Ninja", *flags]
         for command in (
             [*configure, f"-DPython_EXECUTABLE={sys.executable}"],
@@ -97,7 +97,7 @@ class BuildNative(build_ext):
         return True
 
     def get_outputs(self) -> list[str]:
-        """CMake's install decides what there is; the wheel takes the whole build folder."""
+        """CMake's install decides the contents; the wheel takes the whole build folder."""
         return []
 
     def get_output_mapping(self) -> dict[str, str]:

@@ -1,4 +1,4 @@
-// What csrc/cuda asks of a toolkit and of the C++ compiler behind it; see cuda_half.cmake.
+// The features of a toolkit and its C++ compiler that csrc/cuda needs; see cuda_half.cmake.
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 

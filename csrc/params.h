@@ -113,7 +113,7 @@ struct LinearParams {
   int64_t N_x, N_out;
   Type type;
   Activation activation;
-  bool residual;  // add to what out holds
+  bool residual;  // add to the old value of out
 
   const void* x;        // [B, N_x, K], unit stride along K
   const int32_t* from;  // [B, S], unit stride along S, or null for s

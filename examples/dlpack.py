@@ -48,7 +48,7 @@ def take_partial_step(xp: ModuleType) -> None:
 
 
 def main() -> None:
-    """Run what is installed."""
+    """Run the installed package."""
     for name in ("numpy", "jax.numpy", "cupy"):
         if name == "cupy" and not torch.cuda.is_available():
             print(f"{name}: needs a GPU")

@@ -136,7 +136,7 @@ def _fill(structure: type[ctypes.Structure], **values: object) -> ctypes.Structu
 
 
 def find_library() -> Path:
-    """Where an installed ``tokencache_kernels`` has the C library, found without importing it."""
+    """Find the C library of an installed ``tokencache_kernels``, without importing it."""
     package = importlib.util.find_spec("tokencache_kernels")
     if package is None or package.origin is None:
         raise SystemExit("tokencache_kernels is not installed: name the library's path")
@@ -144,7 +144,7 @@ def find_library() -> Path:
 
 
 def main() -> None:
-    """One partial step; each part is compared with what NumPy makes of it."""
+    """One partial step; each part is compared with NumPy's result."""
     library = Tokencache(Path(sys.argv[1]) if len(sys.argv) > 1 else find_library())
     B, N, S, D = 2, 64, 16, 96
     rng = np.random.default_rng(0)

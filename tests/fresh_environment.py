@@ -1,9 +1,9 @@
-"""`make package`: what is installed from a wheel works, in an environment that has nothing else.
+"""`make package`: an installed wheel works, in an environment that has nothing else.
 
 Four wheels are built from the sdist, so that the sdist is shown to be whole: without a compiler,
 without torch (as plain ``pip install`` does), with both, and with a CUDA toolkit as well, where
-there is one. To run, torch is lent by the environment that runs this; what that one has of this
-package is not. The wheel with the library for torch is installed for every other Python that is
+there is one. To run, torch is lent by the environment that runs this, but not its copy of this
+package. The wheel with the library for torch is installed for every other Python that is
 found, too: there without torch, which `make matrix` adds.
 """
 
@@ -75,7 +75,7 @@ print(status, library.tokencache_error().decode())
 
 def run(*command, status=0, **options):
     options = {"env": os.environ, **options}
-    # a path to the sources would come before what is installed
+    # a path to the sources would come before the installation
     options["env"] = {k: v for k, v in options["env"].items() if k != "PYTHONPATH"}
     done = subprocess.run(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options
@@ -106,7 +106,7 @@ def test_the_sdist_holds_all_that_git_tracks(sdist):
 
 @pytest.fixture(scope="module", params=["pure", "c-api", "cpu", "cuda"])
 def kind(request):
-    """Built without a compiler; without torch; with these; with these and a CUDA toolkit."""
+    """Built without a compiler, without torch, with these, and with these and a CUDA toolkit."""
     if request.param == "cuda" and shutil.which("nvcc") is None:
         pytest.skip("there is no CUDA toolkit")
     return request.param

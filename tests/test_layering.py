@@ -1,4 +1,4 @@
-"""The order of dependence, and what importing the package may pull in."""
+"""The order of dependence, and the imports of the package."""
 
 import ast
 import subprocess

@@ -1,4 +1,4 @@
-"""How the package is built, and what it says when it leaves something out."""
+"""The build of the package, and its words when it leaves something out."""
 
 import os
 import re
@@ -19,7 +19,7 @@ BUILD = "from setuptools import build_meta; build_meta.build_wheel('dist')"
 
 @pytest.fixture
 def checkout(tmp_path):
-    """A folder with what the build reads, and hardly anything of the package."""
+    """A folder with the inputs of the build, and hardly anything of the package."""
     for name in (
         "CMakeLists.txt",
         "CMakePresets.json",
@@ -36,7 +36,7 @@ def checkout(tmp_path):
     package.mkdir()
     for name in ("__init__.py", "py.typed", "version.py"):
         shutil.copy(ROOT / "tokencache_kernels" / name, package)
-    # what an editable install leaves in the tree must not slip into a pure Python wheel
+    # leftovers of an editable install must not slip into a pure Python wheel
     (package / "libtokencache_kernels.so").write_text("left over")
     for name in ("include/tokencache.h", "lib/libtokencache.so.0.2", "lib/libtokencache.so"):
         (package / name).parent.mkdir(exist_ok=True)

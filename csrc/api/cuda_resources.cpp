@@ -1,6 +1,6 @@
 #include <pybind11/pybind11.h>
 
-// What the kernels of the CUDA half beside this module take of a GPU; see CMakeLists.txt.
+// Resources of the kernels in the CUDA half beside this module; see CMakeLists.txt.
 PYBIND11_MODULE(_cuda_resources, module) {
   module.doc() = "What the CUDA kernels take of a GPU; for developers.";
   module.attr("printed") =

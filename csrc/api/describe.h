@@ -16,8 +16,8 @@
 #define TOKENCACHE_KEY CPU
 #endif
 
-// What the torch-facing files share. Each is compiled twice: as it is for the CPU, with the
-// schemas, and with TOKENCACHE_CUDA for the kernels.
+// Shared by the torch-facing files. Each is compiled twice: as it is for the CPU, with the schemas,
+// and with TOKENCACHE_CUDA for the kernels.
 namespace tokencache {
 
 inline Type type_of(const torch::stable::Tensor& tensor) {
@@ -38,8 +38,8 @@ inline const void* data_of(const std::optional<torch::stable::Tensor>& tensor) {
   return tensor ? tensor->const_data_ptr() : nullptr;
 }
 
-// Asserts, in nanoseconds, what a loop relies on: whoever calls past the public functions gets an
-// error for a dtype or a size that does not fit, and not a read beside the tensor.
+// Asserts the assumptions of a loop, in nanoseconds. A caller that passes by the public functions
+// gets an error for a dtype or a size that does not fit, and not a read beside the tensor.
 inline void expect_shape(const char* op, const char* name, const torch::stable::Tensor& tensor,
                          std::initializer_list<int64_t> sizes) {
   bool fits = tensor.dim() == static_cast<int64_t>(sizes.size());

@@ -11,7 +11,8 @@
 #ifdef TOKENCACHE_CUDA
 #include "cuda/linear.h"
 
-// tokencache_kernels.ops has checked the inputs in words; what a kernel relies on is asserted here.
+// tokencache_kernels.ops has checked the inputs in words; the kernel's assumptions are asserted
+// here.
 namespace tokencache {
 namespace {
 

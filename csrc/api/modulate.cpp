@@ -16,7 +16,7 @@
 #include "cpu/vector.h"
 #endif
 
-// tokencache_kernels.ops has checked the inputs in words; what a loop relies on is asserted here.
+// tokencache_kernels.ops has checked the inputs in words; the loop's assumptions are asserted here.
 namespace tokencache {
 namespace {
 

@@ -7,8 +7,8 @@
 #include "params.h"
 #include "tokencache.h"
 
-// What the functions of the C API share. Unlike in api/, nobody has checked the arguments: each
-// function describes in a Call what it reads and writes, and only then runs.
+// Shared by the functions of the C API. Unlike in api/, nobody has checked the arguments. Each
+// function describes its reads and writes in a Call, and only then runs.
 namespace tokencache::c_api {
 
 // Rows [outer, inner] of width elements each; strides count elements.
@@ -33,7 +33,7 @@ struct Refusal {
                                                                tokencache_status status,
                                                                const char* format, ...);
 
-// Refuses what is not in [minimum, maximum].
+// Refuses a value outside [minimum, maximum].
 void expect_within(const char* op, const char* name, int64_t value, int64_t minimum,
                    int64_t maximum);
 
@@ -44,9 +44,9 @@ class Call {
 
   // Null on the CPU.
   const CudaLaunches* cuda() const { return cuda_; }
-  // Refuses what CUDA has refused.
+  // Turns an error of CUDA into a refusal.
   void expect_launched(const CudaAnswer& answer) const;
-  // What kernels ask beyond loops, nothing on the CPU; D where rows are normalised, else 0.
+  // Further demands of kernels, none on the CPU; D if rows are normalised, else 0.
   void expect_kernel(Type type, int64_t rows, int64_t D) const;
 
   void expect_within(const char* name, int64_t value, int64_t minimum, int64_t maximum) const;
@@ -56,8 +56,8 @@ class Call {
   void expect_eps(double eps) const;
   Type type_of(tokencache_dtype dtype) const;
 
-  // What is written goes first: what is read is checked against it. A row may be read where it is
-  // written if the views are the same and it is said so.
+  // Outputs come first, and inputs are checked against them. A row may be read and written in one
+  // place if the views are the same and the caller says so.
   void writes(const View& view);
   void reads(const View& view, bool may_be_written = false) const;
 

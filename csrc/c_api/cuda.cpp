@@ -16,7 +16,7 @@ std::string path_of_cuda_library() {
 }
 
 Cuda load_cuda() {
-  // what it needs of CUDA is linked into it
+  // the parts of CUDA that it needs are linked into it
   void* library = dlopen(path_of_cuda_library().c_str(), RTLD_NOW | RTLD_LOCAL);
   if (library == nullptr) {
     static const std::string reason =

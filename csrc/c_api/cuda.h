@@ -3,8 +3,8 @@
 #include "params.h"
 #include "tokencache.h"
 
-// What libtokencache asks of libtokencache_cuda, which has the kernels and CUDA's runtime. It lies
-// beside it and is loaded by the first call for CUDA: nobody else needs to have it.
+// The interface of libtokencache_cuda to libtokencache: the kernels and CUDA's runtime. It lies
+// beside it and is loaded by the first call for CUDA, so that nobody else needs it.
 namespace tokencache::c_api {
 
 // TOKENCACHE_OK, or why there was no launch.

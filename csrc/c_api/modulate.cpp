@@ -77,7 +77,7 @@ AddBranchesParams describe_sum(const Args& a, Type type,
   };
 }
 
-// Of the rows of x: the argument of that name, or what a row pass writes.
+// Of the rows of x: the argument of that name, or the output of a row pass.
 template <class Args>
 ModulateParams describe_modulation(const Args& a, Type type, const void* x, int64_t stride_x_b,
                                    int64_t stride_x_n) {

@@ -48,7 +48,7 @@ void parallel_for(int64_t count, int64_t bytes_per_item,
   try {
     for (; begin < count; begin += part) threads.emplace_back(run_part, begin, begin + part);
   } catch (const std::exception&) {
-    // there are no more threads to be had: what is left is done here
+    // no more threads can be had: the rest is done here
     run_part(begin, count);
   }
   run_part(0, part);

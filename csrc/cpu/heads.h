@@ -4,7 +4,7 @@
 #include "cpu/scratch.h"
 #include "cpu/simd.h"
 
-// What attention and its statistics share. An attention map is made for some queries at a time: a
+// Shared by attention and its statistics. An attention map is made for some queries at a time: a
 // few rows of it stay in a cache, where they are exponentiated and summed. Keys are laid out once
 // for many queries, so that a product reads them as vectors. Compiled once for every instruction
 // set.
@@ -83,7 +83,7 @@ void multiply_rows(const W* query, const W* keys, int64_t depth, int64_t width, 
   }
 }
 
-// What is summed over a row of the map, relative to peak: weight = exp(score - peak).
+// The sums over a row of the map, relative to peak: weight = exp(score - peak).
 template <class W>
 struct RowSums {
   W peak;    // the largest score, or the log-sum-exp that was given
@@ -105,7 +105,7 @@ class HeadMap {
         keys_(1, p.E * width_),
         rows_(kQueries, width_) {}
 
-  // The length of a row: N rounded up. What lies beyond the keys is 0.
+  // The length of a row: N rounded up. Beyond the keys it holds 0.
   int64_t width() const { return width_; }
 
   // Takes a head's first num_keys keys.

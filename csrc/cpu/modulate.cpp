@@ -20,7 +20,7 @@ void add_row(const X* x, const Branch* branch, const T* gate, Out* out, int64_t 
   }
 }
 
-// What is taken from a row, and by which it is then multiplied.
+// The mean that is subtracted from a row, and the factor that follows.
 template <class W>
 struct Moments {
   W mean, rstd;

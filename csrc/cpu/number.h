@@ -41,8 +41,8 @@ struct WorkOf<double> {
 template <class T>
 using Work = typename WorkOf<T>::Type;
 
-// As many elements as a vector of what they are worked in has lanes, in their own type. The
-// compiler knows their conversions, but not the instructions for 16 bits: these are named.
+// As many elements, in their own type, as a vector of the working type has lanes. The compiler
+// knows their conversions, but not the instructions for 16 bits: these are named.
 template <class T>
 struct RawOf {
   using Element = std::conditional_t<sizeof(T) == 2, uint16_t, T>;

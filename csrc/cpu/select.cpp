@@ -24,7 +24,7 @@ uint64_t key_of(float score, int64_t token) {
   return static_cast<uint64_t>(bits) << 32 | (0xFFFFFFFFu - static_cast<uint32_t>(token));
 }
 
-// What each score is divided by: their L2 norm, NaN left out, where it may go beyond float32.
+// The divisor of each score: their L2 norm without NaN, if it may go beyond float32.
 double scale_of(const float* scores, int64_t N) {
   double squares = 0;
   for (int64_t n = 0; n < N; ++n) {

@@ -16,7 +16,7 @@ constexpr int kVectorBytes = 32;
 constexpr int kVectorBytes = 16;
 #endif
 
-// What a type that is worked in consists of, and how far its exponential goes.
+// The parts of a working type, and the range of its exponential.
 template <class W>
 struct Traits;
 template <>
@@ -79,8 +79,8 @@ auto lanes_from(V x, std::integer_sequence<int, i...>) {
   return Part{x[First + i]...};
 }
 
-// Combines the lower half of the lanes with the upper, then half of what came out, ...: a sum is as
-// exact as one of few.
+// Combines the lower half of the lanes with the upper, then half of the result, and so on: a sum is
+// as exact as one of few.
 template <int Lanes, class V, class F>
 auto fold_lanes(V x, F combine) {
   if constexpr (Lanes == 2) {
@@ -106,7 +106,7 @@ inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 template <class W>
 constexpr int64_t kSummands = 16 * kLanes<W>;
 
-// Sums over a row of n numbers; add(i, sums) adds what the vector that begins at i gives to each.
+// Sums over a row of n numbers; add(i, sums) adds the vector that begins at i to each sum.
 template <class W, int Count, class F>
 void sum_row(int64_t n, W (&sums)[Count], F add) {
   Vector<W> total[Count] = {};

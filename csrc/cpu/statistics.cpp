@@ -15,7 +15,7 @@ void add_row(W* sums, const W* row, W factor, int64_t width) {
   }
 }
 
-// sums += row, where lost takes what the sums lose by rounding and gives it back the next time.
+// sums += row; the rounding errors go to lost, and come back the next time.
 template <class W>
 void add_exactly(W* sums, W* lost, const W* row, int64_t width) {
   for (int64_t n = 0; n < width; n += kLanes<W>) {
@@ -31,7 +31,7 @@ void attention_received_of(const AttentionReceivedParams& p, int64_t begin, int6
   using W = Work<T>;
   const AttentionMapParams& map = p.map;
   HeadMap<T> rows(map);
-  // of a few queries; of all; and what the latter lost by rounding
+  // the sums of a few queries, the sums of all, and the rounding errors of the latter
   Rows<W> sums(3, rows.width());
   for (int64_t pair = begin; pair < end; ++pair) {
     const int64_t b = pair / map.H, h = pair % map.H;
@@ -78,7 +78,7 @@ void attention_entropy_of(const AttentionEntropyParams& p, int64_t begin, int64_
     }
     for (int64_t s = first; s < last; ++s) {
       const W* mean = means[s - first];
-      // what the weights' sum lacks of 1 by rounding is divided out
+      // the weights' sum misses 1 by rounding, which is divided out
       W sums[2];
       sum_row(width, sums, [&](int64_t n, Vector<W>* some) {
         const Vector<W> weight = load(mean + n) / static_cast<W>(map.H);
@@ -165,7 +165,7 @@ void token_change_of(const TokenChangeParams& p, int64_t begin, int64_t end) {
       if (new_factor != 1 || old_factor != 1) measure(new_factor, old_factor);
       *out = W{1} - sums[0] / (norm_of(sums[1]) * norm_of(sums[2]));
     } else {
-      W sums[2];  // of what moved, and of what was there
+      W sums[2];  // of the movement, and of the old value
       sum_row(p.D, sums, [&](int64_t d, Vector<W>* some) {
         const Vector<W> x = load_some(new_row + d, p.D - d), y = load_some(old_row + d, p.D - d);
         some[0] += magnitude<W>(x - y);

@@ -13,13 +13,13 @@ constexpr int kPlainWarps = 4;
 // The machine's exponential has base 2. Off by |x| roundings, which a mean of values does not feel.
 __device__ float fast_exp(float x) { return exp2f(x * 1.44269504f); }
 
-// What a query has seen so far of its row of the map.
+// The state of a query after the keys so far: maximum, sum, moment.
 struct RunningSoftmax {
   float max = -INFINITY;
   float sum = 0;     // of the weights relative to max
   float moment = 0;  // of weight * (score - max), for the entropy
 
-  // Takes a larger max; returns what was summed before is to be multiplied by.
+  // Takes a larger max; returns the factor of the sums before.
   __device__ float raise(float to) {
     const float before = max, origin_before = origin();
     max = fmaxf(max, to);
@@ -29,12 +29,12 @@ struct RunningSoftmax {
     return factor;
   }
 
-  // What a key adds to the moment; one that is not there, with a score of -inf: 0.
+  // The term of a key in the moment; an absent key, with a score of -inf, adds 0.
   __device__ static float moment_of(float weight, float score) {
     return weight * fmaxf(score, -FLT_MAX);
   }
 
-  // What scores are relative to: also where all of them are -inf, their weights are to be 0.
+  // The origin of scores: if all of them are -inf, their weights must still be 0.
   __device__ float origin() const { return max == -INFINITY ? 0.0f : max; }
 
   __device__ float inverse() const { return sum == 0 ? 0.0f : 1.0f / sum; }

@@ -3,7 +3,7 @@
 #include "cuda/number.cuh"
 #include "cuda/warp.cuh"
 
-// A warp owns a row: what is summed over it has one order, and no atomics.
+// A warp owns a row: sums over it have one order, and no atomics.
 namespace tokencache {
 namespace {
 

@@ -7,7 +7,7 @@
 #include "cuda/tensor_core.cuh"
 #include "cuda/warp.cuh"
 
-// What attention and its statistics share: products of the rows of one head with each other, 64 by
+// Shared by attention and its statistics: products of the rows of one head with each other, 64 by
 // 64 at a time. A block's four warps make 16 rows of them each.
 namespace tokencache {
 

@@ -8,7 +8,7 @@
 #include <mutex>
 #include <utility>
 
-// What every kernel is launched with and by.
+// The launch of every kernel: its stream, its shared memory, its errors.
 namespace tokencache {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -40,8 +40,8 @@ __device__ T* shared_memory() {
 }
 
 // Lets a kernel ask for all the shared memory that a block can have on the current device: its own
-// static bytes count as well. Once for each kernel and device, so that no launch lowers what
-// another one needs.
+// static bytes count as well. Once for each kernel and device, so that no launch lowers the limit
+// of another one.
 inline cudaError_t allow_all_shared_memory(const void* kernel) {
   static std::mutex mutex;
   static std::map<std::pair<const void*, int>, cudaError_t> asked;
@@ -64,7 +64,7 @@ inline cudaError_t allow_all_shared_memory(const void* kernel) {
   return error;
 }
 
-// What a kernel may ask for without that, and what its static bytes never exceed.
+// The limit that needs no such call, and that static bytes never exceed.
 constexpr int64_t kPlainSharedBytes = 48 << 10, kMostStaticBytes = 3 << 10;
 
 // Starts a kernel in a grid of blocks.

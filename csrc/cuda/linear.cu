@@ -9,7 +9,7 @@
 namespace tokencache {
 namespace {
 
-// What the columns of a product are made in: 128 bytes of each row at a time.
+// The unit of a product's columns: 128 bytes of each row at a time.
 constexpr int kDepth = 64;
 
 // The tile of a block, whose warps stand in a grid over it.

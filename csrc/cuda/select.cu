@@ -3,12 +3,11 @@
 #include "cuda/warp.cuh"
 
 // Scores become integers of the same order, keys. Counting them by their digits, 8 bits at a time
-// from the highest, finds the least that is taken; counting in the order of the tokens finds each
-// one's slot. What atomics add up are whole numbers: every run is the same.
-//
-// A row of scores, of one layer and sample, has a block of its own with the keys in shared memory,
-// or is split into parts for a block each. Parts do not wait for each other: what one finds for all
-// goes to the next launch through the workspace.
+// from the highest, finds the smallest winner. Counting in the order of the tokens finds each one's
+// slot. Atomics add whole numbers only, so every run is the same. A row of scores, of one layer and
+// sample, has a block of its own with the keys in shared memory, or is split into parts for a block
+// each. Parts do not wait for each other: the result for all goes to the next launch through the
+// workspace.
 namespace tokencache {
 namespace {
 
@@ -56,7 +55,7 @@ struct Squares {
   float plain = 0, shrunk = 0;
 };
 
-// What the launches of one call leave for each other, for each row.
+// The workspace between the launches of one call, for each row.
 struct Workspace {
   int* bins;         // [rows, kDigits, kBins]
   Squares* squares;  // [rows, parts]
@@ -99,7 +98,7 @@ __device__ Squares sum_squares(const SelectParams& p, const Part& part) {
   return {sum_of_block<kThreads>(sum.plain), sum_of_block<kThreads>(sum.shrunk)};
 }
 
-// What scores are multiplied by, a power of two, and then divided by.
+// The factor of scores, a power of two, and their divisor.
 struct Norm {
   float factor = 1, norm = 1;
 };

@@ -1,8 +1,8 @@
 #include "cuda/heads.cuh"
 #include "cuda/statistics.h"
 
-// A map is made 64 by 64 at a time, and never in memory. What is summed is summed by one warp, in
-// one order: the result is always the same.
+// A map is made 64 by 64 at a time, and never in memory. One warp makes each sum, in one order, so
+// that the result is always the same.
 namespace tokencache {
 namespace {
 

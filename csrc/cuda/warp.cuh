@@ -2,8 +2,8 @@
 
 #include <cuda_runtime.h>
 
-// What the 32 lanes of a warp, the four that hold a row of a product, or the threads of a block
-// make of their values together; each of them gets it.
+// Reductions over the 32 lanes of a warp, the four that hold a row of a product, or the threads of
+// a block. Every thread gets the result.
 namespace tokencache {
 
 template <class T>

@@ -98,7 +98,7 @@ void run() {
     if (positions[i / D] < 0) expect(cache[i] == cache_before[i], "stale rows keep their values");
   }
 
-  // and back: what was scattered is gathered
+  // and back: the scattered rows are gathered
   std::vector<float> gathered(B * S * D);
   tokencache_gather_rows_args gather{};
   gather.B = B, gather.N = N, gather.S = S, gather.D = D;

@@ -1,4 +1,4 @@
-"""How many kernels an op launches on Triton: fusion that must not come undone."""
+"""Counts of kernel launches of each op on Triton: fusion that must not come undone."""
 
 import pytest
 import torch

@@ -100,7 +100,7 @@ def emulated_library(tmp_path_factory):
 
 
 def read_schemas():
-    """What csrc/api defines."""
+    """The definitions in csrc/api."""
     for source in (ROOT / "csrc" / "api").glob("*.cpp"):
         for words in re.findall(r'm\.def\(((?:\s*"[^"]*")+)\)', source.read_text()):
             yield "".join(re.findall(r'"([^"]*)"', words))
@@ -118,7 +118,7 @@ def emulated_ops(emulated_library):
 
 @pytest.fixture
 def device():
-    """Where the emulated kernels run, also where there is a GPU."""
+    """Return the device of the emulated kernels, the CPU also beside a GPU."""
     return "cpu"
 
 

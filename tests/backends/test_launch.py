@@ -197,7 +197,7 @@ def outcome_of(times, candidates):
 def test_every_candidate_is_launched_in_every_round():
     outcome, tried = outcome_of({128: repeat(2.0), 64: repeat(1.0)}, [Tile(64)])
 
-    # the first launch finds the problem and what the heuristic says to it
+    # the first launch finds the problem and the heuristic's setting
     assert tried == [Tile(), *[Tile(), Tile(64)] * tune.ROUNDS]
     assert outcome.key == "linear/D=2048,R=512"
     assert (outcome.heuristic, outcome.best) == (Tile(), Tile(64))

@@ -53,7 +53,7 @@ def scatter_in_order(cache, indices, rows):
 @needs_library
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_threads_move_the_same_rows_as_the_reference(four_threads, dtype):
-    B, N, S, D = 3, 1031, 707, 321  # far above what one thread takes, and no multiple of anything
+    B, N, S, D = 3, 1031, 707, 321  # far above one thread's share, and no multiple of anything
     hidden_states = make_rows(B, N, D, dtype=dtype)
     rows = make_rows(B, S, D, dtype=dtype, seed=1)
     indices = random_indices(B, N, S, num_empty=5)
@@ -128,7 +128,7 @@ B, N, S, D, H, E = 2, 230, 101, 321, 3, 26  # enough for several threads
 
 
 def token_numbers(B, N, K):
-    """Which of K vectors each token takes; some numbers are clipped."""
+    """Number the vectors of the tokens, of K; some numbers are clipped."""
     generator = torch.Generator().manual_seed(0)
     return torch.randint(-1, K + 1, (B, N), generator=generator, dtype=torch.int32)
 
@@ -189,7 +189,7 @@ def widen(value):
 
 
 def outputs_of(backend, op, inputs):
-    """What the op returns, and what it writes."""
+    """Return the results of the op, and its written tensors."""
     inputs = [x.clone() if isinstance(x, torch.Tensor) else x for x in inputs]
     op = op.split()[0]
     returned = getattr(backend, op)(*inputs)

@@ -1,4 +1,4 @@
-"""Which backend runs an op: by name it runs or raises; only auto may pass one over."""
+"""The choice of a backend: a named one runs or raises; only auto may pass one over."""
 
 import logging
 import os

@@ -5,7 +5,7 @@ from tokencache_kernels.backends.native.resources import KernelResources, parse_
 from tokencache_kernels.commands import compile_report
 from tokencache_kernels.commands.cli import main
 
-# what cuobjdump prints, of two architectures
+# the output of cuobjdump, for two architectures
 PRINTED = """
 Fatbin elf code:
 ================
@@ -55,8 +55,8 @@ def test_no_kernel_of_the_built_library_spills():
         pytest.skip(str(error))
 
     assert kernels
-    # csrc/cuda/launch.h: what asks for shared memory has no more than 3 KB of its own; from sm_90
-    # on 1 KB of what is read belongs to the driver
+    # csrc/cuda/launch.h: a kernel that asks for shared memory has at most 3 KB of its own; from
+    # sm_90 on the driver owns 1 KB of the number
     large = {kernel.kernel for kernel in kernels if kernel.shared > 4 << 10}
     assert large <= {"plain_linear_kernel"}
     assert [kernel for kernel in kernels if kernel.failure is not None] == []

@@ -1,4 +1,4 @@
-"""The run book for a GPU, rehearsed: what it writes, where it goes on, what it survives."""
+"""A dry run of the run book for a GPU: its records, its resumption, its failures."""
 
 import contextlib
 import faulthandler
@@ -146,7 +146,7 @@ def test_what_is_at_work_when_time_is_up_is_left_and_the_table_shown(monkeypatch
     monkeypatch.setattr(gpu, "run_logged", live)
 
     assert gpu.supervise(Namespace(out=tmp_path, stage="kernels", budget=0, grace=20)) == 0
-    # one to measure, one that has no time but to show what there is
+    # one to measure, and one whose time only suffices for the table
     assert [command[-1] for command in lives[1:]] == ["0"]
     assert "is left for another call" in (tmp_path / "kernels.log").read_text()
     assert list(tmp_path.glob("*.json*")) == []
@@ -307,7 +307,7 @@ def test_what_contenders_run_is_listed_by_a_process_that_then_ends(options, devi
     assert end.value.code == gpu.GO_ON
     record = read_records(options.out / "traces.jsonl")[-1]
     assert any("gather" in name for name in record["ran"]["eager stream"])
-    # nor is what ended a process tried again
+    # nor is a contender that ended a process tried again
     assert "triton stream" not in record["ran"]
     kernels.trace_ops([case], options, soon())
 
@@ -383,7 +383,7 @@ def cuda():
     return torch.device("cuda")
 
 
-# tuning, attention, and what takes over what they found
+# tuning, attention, and the installation of their results
 
 
 def test_what_wins_is_always_in_the_file_and_not_tried_again(options, monkeypatch, device):

@@ -94,7 +94,7 @@ def test_the_arithmetic_is_that_of_the_layers():
         for shape in layers.LEADING
     }
 
-    # 16 R D^2, and what fc2 reads of the attention
+    # 16 R D^2, and the attention that fc2 reads
     assert gigaflops["dit-xl-256px-16-10%"] == pytest.approx(8.83, rel=0.01)
     assert gigaflops["flux-1024px-10%"] == pytest.approx(69.5, rel=0.01)
     assert gigaflops["flux-1024px-single"] == pytest.approx(104, rel=0.01)

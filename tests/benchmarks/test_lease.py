@@ -1,4 +1,4 @@
-"""The two calls for fifteen minutes with a GPU: their steps, their budgets, what they survive."""
+"""The two calls for fifteen minutes with a GPU: their steps, their budgets, their failures."""
 
 import argparse
 import sys

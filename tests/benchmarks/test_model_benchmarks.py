@@ -122,7 +122,7 @@ def test_copies_share_weights_but_not_hooks(case):
 
 
 def test_a_captured_call_is_replayed_on_other_inputs(case, monkeypatch):
-    # no graph on a CPU: what would be replayed is run again
+    # no graph on a CPU: the run in place of a replay
     monkeypatch.setattr(models, "capture", lambda run: run)
     subject = case.make_subject()
     call = subject.bind(subject.transformer)

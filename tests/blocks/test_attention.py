@@ -87,7 +87,7 @@ def project_plainly(attention, rows, dtype):
 
 
 def attend_plainly(attention, cache, keys, values, rows, indices, variant, dtype=torch.float64):
-    """What the variant should leave in its cache and in the cached keys and values."""
+    """Compute the expected cache, keys and values of the variant."""
     cache, keys, values, rows = (in_dtype(x, dtype).clone() for x in (cache, keys, values, rows))
     query, key, value = project_plainly(attention, rows, dtype)
     out = attention.out
@@ -109,7 +109,7 @@ def attend_plainly(attention, cache, keys, values, rows, indices, variant, dtype
 
 
 def run(variant, attention, cache, keys, values, rows, indices):
-    """Run a variant on copies; what it leaves in its cache and in the cached keys and values."""
+    """Run a variant on copies; return its cache and the cached keys and values."""
     cache, keys, values = cache.clone(), keys.clone(), values.clone()
     packed = ops.gather_rows(rows, indices, backend="reference")
     if variant == "kv_all_":

@@ -21,7 +21,7 @@ LENGTHS = torch.tensor([3, 5], dtype=torch.int32)
 
 
 class Scaled(nn.Linear):
-    """Not a plain linear layer: its weight does not say what it computes."""
+    """A linear layer with more than a weight, so that its weight does not describe it."""
 
     def forward(self, x):
         return 2 * super().forward(x)

@@ -40,7 +40,7 @@ class Polynomial:
 
 
 def run(policy, degree, gate):
-    """What the branch adds to a stream of zeros in every step."""
+    """The term that the branch adds to a stream of zeros in every step."""
     runner = Runner(policy, "reference")
     added = []
     for step in range(policy.num_inference_steps):
@@ -62,7 +62,7 @@ def test_a_polynomial_is_foretold_exactly(order, degree, gate):
 
 
 def test_the_error_on_a_parabola_is_the_published_formulas():
-    """The first difference is the slope half a cycle ago, and that is what is lost."""
+    """The first difference is the slope half a cycle ago, which explains the error."""
     out = run(taylor_seer(4, 15, 2), 2, None)
 
     lost = out - run(taylor_seer(1, 15), 2, None)
@@ -81,7 +81,7 @@ def test_what_does_not_change_is_reused_bit_for_bit():
 
 
 def test_what_is_recomputed_is_not_forecast():
-    """Of a line, fresh rows have the value of their step, and keep it for the rest of the cycle."""
+    """For a linear feature, fresh rows have the value of their step, and keep it in the cycle."""
     policy = ToCaConfig(
         IntervalSchedule(5, warmup=2),
         FactorRouter(0.5),

@@ -1,4 +1,4 @@
-"""Graphs without a model: the tape that stands for CUDA, the inputs, and what goes wrong."""
+"""Graphs without a model: the tape that stands for CUDA, the inputs, and the failures."""
 
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -122,7 +122,7 @@ class FakeGraph:
 
 
 def test_cuda_graphs_share_a_pool_and_a_stream_while_one_of_them_lives(monkeypatch):
-    """What can be said of the dozen lines that need a GPU."""
+    """Checks of the dozen lines that need a GPU."""
     entered = []
 
     @contextmanager

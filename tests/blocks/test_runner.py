@@ -1,4 +1,4 @@
-"""The runner: what each site does in a step, what is kept, and whose tokens are selected when."""
+"""The runner: the work of each site in a step, the storage, and the selections."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The residual stream adds late what was given early, and leaves the caller's tensor alone."""
+"""The residual stream adds pending branches late, and leaves the caller's tensor alone."""
 
 import torch
 

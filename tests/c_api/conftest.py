@@ -1,4 +1,4 @@
-"""Where the C library is."""
+"""Return the path of the C library."""
 
 import os
 from pathlib import Path
@@ -12,7 +12,7 @@ PACKAGE = Path(tokencache_kernels.__file__).parent
 
 @pytest.fixture(scope="session")
 def library_path():
-    """Of the installed library, or the one that `make sanitize` names."""
+    """Return the path of the installed library, or of the one that `make sanitize` names."""
     path = Path(os.environ.get("TOKENCACHE_C_LIBRARY", PACKAGE / "lib" / "libtokencache.so"))
     if not path.is_file():
         pytest.skip("the C library is not installed (make setup)")

@@ -149,7 +149,7 @@ struct Hostile {
   void (*spoil)(tokencache_scatter_rows_args& args);
 };
 
-// Nothing is written where a call is refused, and the sentence names what was wrong.
+// A refused call writes nothing, and its sentence names the fault.
 void refuse_hostile_arguments() {
   const std::vector<Hostile> cases{
       {"B must be at least 0, got -1", [](auto& args) { args.B = -1; }},

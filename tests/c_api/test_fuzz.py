@@ -1,7 +1,7 @@
-"""Hostile calls of the C API: each is refused with a sentence, or does what the reference does.
+"""Hostile calls of the C API: each is refused with a sentence, or matches the reference.
 
-A call is drawn as an honest one, and then some of its fields are spoiled. What the documentation
-promises for it is worked out here, in Python's integers and sets. A size or stride that leaves the
+A call is drawn as an honest one, and then some of its fields are spoiled. The documentation's
+promise for it is worked out here, in Python's integers and sets. A size or stride that leaves the
 memory which is really there is the one lie that no library can see: such calls are not made.
 
 Whatever happens, only the elements of the results may change. Under AddressSanitizer (`make
@@ -204,7 +204,7 @@ def may_be_null(op, name):
 
 @st.composite
 def honest_calls(draw, op):
-    """A call that does what the documentation asks for, and the memory of its tensors."""
+    """A call within the documentation, and the memory of its tensors."""
     size = st.sampled_from([0, 1, 2, 2, 3, 3, 5])
     fields = dict(STRUCTURES[op]._fields_)
     values = {name: draw(size) for name in "BNSDLP" if name in fields}
@@ -317,7 +317,7 @@ def hostile_calls(draw, op):
 
 
 def breaks_a_rule(call, tensors):
-    """Whether the documentation says that this call is refused; overlaps are left out."""
+    """Tell whether the documentation refuses this call; overlaps are left out."""
     v = call.values
     N = v["N"]
     grid = v.get("grid_height", 0), v.get("grid_width", 0)
@@ -347,7 +347,7 @@ def breaks_a_rule(call, tensors):
 
 
 def overlaps(tensors):
-    """Whether bytes that are written are another tensor's as well, or of two rows."""
+    """Tell whether written bytes belong to another tensor as well, or to two rows."""
     used = [t for t in tensors.values() if not t.is_empty and t.address]
     for tensor in (t for t in used if t.is_written):
         own = tensor.bytes_of_rows()
@@ -365,7 +365,7 @@ def overlaps(tensors):
 
 
 def run_reference(call, views):
-    """What each result must be: (out, exact, rounded) within a budget, or equal to out."""
+    """Compute the expected results: (out, exact, rounded) within a budget, or equal to out."""
     v = call.values
     op = call.op
 
@@ -485,7 +485,7 @@ def call_library(library, call, device=CPU):
 
 
 class Poison:
-    """What belongs to no tensor must not even be read; only AddressSanitizer can tell."""
+    """Memory beside the tensors must not even be read, which only AddressSanitizer can tell."""
 
     def __init__(self, homes, tensors):
         self.homes = list(homes.values())
@@ -637,7 +637,7 @@ def kernels(request, library_path, tmp_path_factory):
 
 @pytest.fixture
 def nothing_undefined(capfd):
-    """What the sanitizer in the emulated kernels says."""
+    """The reports of the sanitizer in the emulated kernels."""
     yield
     assert "runtime error" not in capfd.readouterr().err
 
@@ -675,7 +675,7 @@ def test_kernels_do_what_the_reference_does(kernels, op, data):
 
 
 def name_tokens_once(call, tensors):
-    """What kernels ask for: no token twice in a sample, and positions that are the inverse."""
+    """Meet the kernels' preconditions: no token twice in a sample, positions as the inverse."""
     indices = tensors.get("indices")
     if indices is None or indices.is_written or indices.is_empty:
         return

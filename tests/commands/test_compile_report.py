@@ -31,7 +31,7 @@ KERNELS = Path(compile_report.__file__).parents[1] / "backends/triton"
 
 @pytest.fixture(scope="module", autouse=True)
 def own_cache(tmp_path_factory):
-    """The folder of what Triton compiles here."""
+    """The folder of Triton's compilations here."""
     path = tmp_path_factory.mktemp("triton")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_CACHE_DIR", str(path))

@@ -132,7 +132,7 @@ def test_the_published_schedule_of_flux(plan, interval, tera, wanted):
     single = partial["single mlp"]
     assert (*single[:4], single[18], *single[-2:]) == (1105, 1078, 1051, 1024, 614, 122, 95)
     assert totals["published"]["TFLOP"] == pytest.approx(tera, rel=0.003)
-    # what is projected once does not change within a cycle
+    # a projection that is made once does not change within a cycle
     assert totals["ours"]["TFLOP"] == pytest.approx(tera - 1.652 * (50 - len(wanted)), rel=0.003)
 
 

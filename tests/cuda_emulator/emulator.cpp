@@ -17,11 +17,11 @@
 
 namespace tokencache {
 
-constexpr int kMostShared = 99 << 10;   // what a block gets on every architecture
+constexpr int kMostShared = 99 << 10;   // the shared memory of a block on every architecture
 constexpr int kPlainShared = 48 << 10;  // and without having asked for more
 constexpr int kGuard = 1 << 10;
 
-// What shared_memory() in csrc/cuda/launch.h declares.
+// The array that shared_memory() in csrc/cuda/launch.h declares.
 thread_local uint4 shared[(kMostShared + kGuard) / sizeof(uint4)];
 
 }  // namespace tokencache
@@ -117,7 +117,7 @@ void run_warp(int first) {
   }
 }
 
-// The memory of all __shared__ variables: what this library keeps for a thread.
+// The memory of all __shared__ variables: this library's thread-local data.
 std::span<char> find_shared_memory() {
   std::span<char> found;
   dl_iterate_phdr(
@@ -139,8 +139,8 @@ std::span<char> find_shared_memory() {
   return found;
 }
 
-// The bytes of static __shared__ variables that a block has written, in the pieces of 16 in which
-// they are laid out: what a compiler for GPUs counts, but for what no thread writes.
+// The bytes of static __shared__ variables that a block has written, in pieces of 16, as they are
+// laid out. A compiler for GPUs also counts bytes that no thread writes.
 int64_t count_static_bytes(std::span<char> memory) {
   const auto* dynamic = reinterpret_cast<const char*>(tokencache::shared);
   const char* const last = memory.data() + memory.size();
@@ -153,7 +153,7 @@ int64_t count_static_bytes(std::span<char> memory) {
   return bytes;
 }
 
-// All threads that have not ended wait; refuses what they do not wait for alike.
+// All threads that have not ended wait; refuses differing barriers.
 void expect_one_barrier(int num_threads) {
   for (int i = 1; i < num_threads; ++i) {
     if (threads[i]->state != threads[0]->state) {
@@ -266,7 +266,7 @@ cudaError_t run(const cudaLaunchConfig_t& config, const void* kernel,
 
 }  // namespace emulator
 
-// What else the launches ask of the CUDA runtime.
+// The other functions of the CUDA runtime that the launches call.
 
 cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t) {
   std::memset(memory, value, bytes);

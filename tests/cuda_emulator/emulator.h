@@ -1,7 +1,8 @@
 #pragma once
 
-// Comes before every file of csrc/cuda when a compiler for the CPU takes it: what nvcc would know.
-// The toolkit's headers give the types; here is what threads see, and what they do together.
+// Comes before every file of csrc/cuda when a compiler for the CPU takes it, with the definitions
+// that nvcc has built in. The toolkit's headers give the types. This file gives the threads' view,
+// and their joint operations.
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -40,10 +41,10 @@ using Place = std::pair<const char*, unsigned>;
 // Returns when all threads of the block have called it, all at the same place.
 void wait_for_block(Place barrier);
 
-// What the lanes of a warp do together, each with an argument of its own.
+// A joint operation of a warp's lanes, each with an argument of its own.
 using Meeting = void (*)(void* const (&lanes)[kWarp]);
 
-// Returns when all lanes have called it, and the last one has done what they do together.
+// Returns when all lanes have called it, and the last one has done the joint operation.
 void meet(Meeting meeting, void* argument);
 
 // Remembers a copy of 16 bytes, or of zeros; it is made as late as the kernel allows.

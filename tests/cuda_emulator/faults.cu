@@ -38,7 +38,7 @@ __global__ void forgets_to_meet_kernel(float* out) {
   out[threadIdx.x] = row[threadIdx.x / 32 * 32 + (threadIdx.x + 1) % 32];
 }
 
-// What is read is there, but may be overwritten before.
+// The data is read in time, but may be overwritten before.
 __global__ void overwrites_too_early_kernel(float* out) {
   float* row = shared_memory<float>();
   row[threadIdx.x] = static_cast<float>(threadIdx.x);
@@ -99,8 +99,8 @@ __global__ void copies_from_between_kernel(float* out) {
 }  // namespace
 }  // namespace tokencache
 
-// Runs one of the kernels on 64 numbers, by launch() or without its care for shared memory; what
-// was wrong with it, or null.
+// Runs one of the kernels on 64 numbers, by launch() or without its care for shared memory; returns
+// the error, or null.
 extern "C" const char* run_kernel(const char* name, float* out, int blocks, int shared_bytes,
                                   bool asks_for_memory) {
   using namespace tokencache;

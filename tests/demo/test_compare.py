@@ -20,7 +20,7 @@ def digits():
 
 @pytest.fixture
 def run_compare(weights, digits, tmp_path, monkeypatch):
-    """Run the command on the untrained model and return what it wrote."""
+    """Run the command on the untrained model and return its output."""
     monkeypatch.setattr(compare, "load_digits", lambda: digits)
     monkeypatch.setattr(compare, "_RESAMPLES", 3)
 

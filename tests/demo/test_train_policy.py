@@ -98,7 +98,7 @@ def test_the_router_that_ships_is_for_the_model_that_ships():
     assert record["weights_sha256"] == hashlib.sha256(WEIGHTS.read_bytes()).hexdigest()
     assert record["skipped_share"] == round(router.skipped_share, 4)
     assert 0.4 < router.skipped_share < 0.6
-    # what pays: early steps live on the step before, late ones compute nearly everything
+    # a worthwhile mask: early steps reuse the step before, late ones compute nearly everything
     early, late = (
         sum(sum(router.mask[counter]) for counter in counters)
         for counters in (range(26, 50, 2), range(0, 16, 2))

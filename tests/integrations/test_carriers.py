@@ -23,7 +23,7 @@ from tokencache_kernels.testing.families import FAMILIES
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 STEPS = 9
 FULL = (0, 2, 3, 6)
-# the modules whose outputs are kept: what they give is gated anew by the block around them
+# the modules with cached outputs, which the block around them gates anew
 KEPT = {
     "DiTTransformer2DModel": r"\.(attn1|ff)$",
     "FluxTransformer2DModel": r"^transformer_blocks\.\d+\.(attn|ff|ff_context)$|\.proj_out$",
@@ -103,7 +103,7 @@ def run(model, name, steps=range(STEPS)):
 
 
 def run_by_hand(model, name, expect):
-    """Full steps run the model; in others its modules answer what is expected of their outputs."""
+    """Full steps run the model. In others its modules answer with the forecast of their outputs."""
     kept = {}
     now = 0
 

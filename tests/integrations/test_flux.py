@@ -35,7 +35,7 @@ HEADS, WIDTH = 2, 24
 
 @dataclass(frozen=True)
 class Call:
-    """What a sampler hands over in every step, but for the latents."""
+    """The arguments of a sampler in every step, but for the latents."""
 
     batch: int = 2
     grid: tuple[int, int] = (3, 4)
@@ -290,7 +290,7 @@ def test_full_steps_are_the_original_where_no_statistics_are_taken(device):
 
     out = run(model)
 
-    # a step after 0 and 1 is full again, so nothing selects by what they see
+    # a step after 0 and 1 is full again, so nothing selects by their scores
     torch.testing.assert_close(out[:2], original[:2], rtol=0, atol=0)
     torch.testing.assert_close(out[[2, 6]], original[[2, 6]], rtol=1e-5, atol=1e-5)
     assert not torch.allclose(out[3], original[3], atol=1e-2)
@@ -414,7 +414,7 @@ def test_cache_contexts_do_not_see_each_other(device):
         torch.testing.assert_close(torch.cat(parts), wanted[name], rtol=0, atol=0)
 
 
-# --- what it costs --------------------------------------------------------------------------------
+# --- cost --------------------------------------------------------------------------------------
 
 
 def test_the_cache_takes_the_bytes_that_the_plan_says(device):
@@ -489,7 +489,7 @@ def test_a_float16_model_is_clipped_where_the_original_is(device):
         block.proj_out.bias += 40000
         block.norm.linear.bias += 2
     original = run(model, [0], call)
-    # a full layer behind a partial one looks at what that left
+    # a full layer behind a partial one reads that one's output
     apply_token_cache(model, replace(toca(), schedule=EveryOtherLayer()))
 
     out = run(model, range(4), call)
@@ -498,7 +498,7 @@ def test_a_float16_model_is_clipped_where_the_original_is(device):
     torch.testing.assert_close(out, original.expand_as(out), rtol=2e-2, atol=2e-2)
 
 
-# --- what is refused ------------------------------------------------------------------------------
+# --- refusals ----------------------------------------------------------------------------------
 
 
 def test_one_prompt_serves_several_pictures(device):

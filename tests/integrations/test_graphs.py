@@ -1,7 +1,7 @@
 """Captured steps on real models: the same bits as uncaptured ones, and clear refusals.
 
-Without a GPU a tape stands for CUDA: it runs again what was launched when the step was captured, on
-the same tensors, and overwrites whatever a graph may not rely on.
+Without a GPU a tape stands for CUDA: it repeats the launches of the captured step, on the same
+tensors, and overwrites everything that a graph may not rely on.
 """
 
 import copy
@@ -546,7 +546,7 @@ def test_a_model_on_the_cpu_is_refused_in_its_first_call(monkeypatch):
 
 
 class _HostWatch(TorchDispatchMode):
-    """Refuses what touches a tensor that is not on the device."""
+    """Refuses calls on a tensor that is not on the device."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         output = func(*args, **(kwargs or {}))

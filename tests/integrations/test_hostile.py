@@ -1,4 +1,4 @@
-"""Random sequences of what people do to a model under a cache, against a model made afresh.
+"""Random sequences of use of a model under a cache, against a model made afresh.
 
 Whatever has been done before, a run is that of a new model with the same weights, layers and
 options. Each change is a function of a model, so that it can be made to the new one too.

@@ -266,7 +266,7 @@ def test_a_model_of_someones_own_takes_ten_lines():
 
 
 class WritingBlock(Block):
-    """Like ``Block``, but it writes into what its modules return."""
+    """Like ``Block``, but it writes into the outputs of its modules."""
 
     def forward(self, tokens, shift):
         rows = self.norm(tokens) + shift[:, None]

@@ -43,7 +43,7 @@ POLICY = replace(random_tokens(0.4, 3, STEPS), selector=RandomSelector(shares_gu
 
 @dataclass(frozen=True)
 class DiT:
-    """What a sampler hands over; a ``prompt`` is a seed."""
+    """The arguments of a sampler; a ``prompt`` is a seed."""
 
     batch: int = 2
     dtype: torch.dtype = torch.float32
@@ -427,7 +427,7 @@ def test_nothing_captured_outlives_the_vectors_that_it_reads(monkeypatch):
     torch.testing.assert_close(run(model, family, 5), run(plain, family, 5), rtol=0, atol=0)
 
 
-# --- what it keeps --------------------------------------------------------------------------------
+# --- memory ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -501,7 +501,7 @@ def test_modulation_and_token_cache_come_and_go_in_any_order(family):
     ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 5e-2)], ids=str
 )
 def test_flux_with_true_guidance_and_a_schedule_by_size(dtype, tolerance):
-    """What ``FluxPipeline`` does: two contexts, timesteps that are known when the run begins."""
+    """The calls of ``FluxPipeline``: two contexts, timesteps that are known when the run begins."""
     family = Flux(batch=1, dtype=dtype)
     samples = []
     for is_precomputed in (False, True):

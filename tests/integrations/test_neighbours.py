@@ -1,4 +1,4 @@
-"""The cache beside what other libraries put on a model: offloading, LoRA, compilation, copies."""
+"""The cache beside other libraries' changes to a model: offloading, LoRA, compilation, copies."""
 
 import copy
 import gc

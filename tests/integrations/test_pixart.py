@@ -230,7 +230,7 @@ def test_no_fresh_token_is_fora(device):
 
 
 def freeze_self_attention(model):
-    """A copy whose self-attention gives in every step what it gave in the first."""
+    """A copy whose self-attention repeats its first output in every step."""
     frozen, cached = copy.deepcopy(model), []
     for block in frozen.transformer_blocks:
         block.attn1.register_forward_hook(lambda module, args, output: cached.append(output))

@@ -1,4 +1,4 @@
-"""The place of a call in its run, from what the call says."""
+"""The place of a call in its run, from its arguments."""
 
 import pytest
 import torch

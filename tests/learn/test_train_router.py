@@ -1,4 +1,4 @@
-"""Training Learning-to-Cache's router on a real DiT, and running what was learnt."""
+"""Training Learning-to-Cache's router on a real DiT, and running the result."""
 
 from dataclasses import replace
 

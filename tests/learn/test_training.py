@@ -1,4 +1,4 @@
-"""The training loop: what it learns, what it survives, and what it refuses."""
+"""The training loop: its results, its interruptions, and its refusals."""
 
 import json
 import os

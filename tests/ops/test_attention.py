@@ -123,7 +123,7 @@ def test_key_lengths_are_slices(backend, device):
     if backend == "library" and device == "cuda":
         pytest.skip("no library's attention for CUDA takes key lengths")
     query, key, value = make_inputs(4, 5, 41, 2, 24, device=device)
-    # what lies beyond a length must not be touched
+    # keys beyond a length must not be touched
     key[1, 17:], value[1, 17:] = torch.nan, torch.nan
     lengths = [41, 17, 32, 1]
 
@@ -252,7 +252,7 @@ def test_it_compiles_to_one_graph(device, chosen):
     torch.testing.assert_close((out - 1, lse + 1), wanted)
 
 
-# what runs it
+# the backend
 
 
 @pytest.mark.parametrize("name", library.CANDIDATES)

@@ -300,7 +300,7 @@ def make_vectors(grain, B, N, D, dtype, device, seed):
 
 
 def make_numbers(grain, B, N, device):
-    """Which vector each token takes; some numbers are to be clipped."""
+    """Number the vectors of the tokens; some numbers are to be clipped."""
     if grain != "by number":
         return None
     generator = torch.Generator().manual_seed(0)

@@ -18,7 +18,7 @@ def qkv_arguments(dtype):
     return *caches, randn(B, S, D, dtype=dtype), INDICES, randn(3 * D, D, dtype=dtype)
 
 
-# by op: what it is called with
+# by op: its arguments
 CALLS = {
     "linear": lambda t: ((randn(B, S, D, dtype=t), randn(D, D, dtype=t)), {"activation": "gelu"}),
     "linear_scatter_": lambda t: (
@@ -65,7 +65,7 @@ WRITERS = [op for op in CALLS if op.endswith("_")]
 
 
 def call(op, dtype, backend, device):
-    """The results of the op, and what it wrote."""
+    """The results of the op, and its written tensors."""
     arguments, options = CALLS[op](dtype)
     arguments = torch.utils._pytree.tree_map(
         lambda value: value.to(device) if isinstance(value, torch.Tensor) else value, arguments

@@ -106,7 +106,7 @@ def test_more_tokens_than_a_program_holds_at_once(backend, device):
     assert_selected(fewer[0], fewer_positions[0], wanted)
 
 
-# a gain of -0 leaves a score of -0 what it is
+# a gain of -0 leaves a score of -0 unchanged
 @pytest.mark.parametrize("weight", [0.0, -0.25])
 def test_ties_go_to_the_lowest_index(backend, device, weight):
     scores = torch.tensor([[1.0, 2.0, 2.0, 0.0, -0.0, 2.0, 0.0, -1.0, 2.0]], device=device)

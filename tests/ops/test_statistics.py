@@ -41,7 +41,7 @@ def explicit_entropy(*arguments, **options):
 
 
 def assert_as_exact_as(explicit, out, *inputs, **options):
-    """Against ``explicit`` in float64; float32 is what it may be as wrong as."""
+    """Against ``explicit`` in float64; the error of float32 is the budget."""
     rounded = explicit(*(x.float() for x in inputs), **options)
     assert_within_budget(out.cpu(), explicit(*in_float64(*inputs), **options), rounded)
 
@@ -339,7 +339,7 @@ PEAK_RESET = Path("/proc/self/clear_refs")
 
 
 def peak_mib(function):
-    """How far a call raises the memory of this process above what it holds before."""
+    """Measure the peak of this process's memory in a call, beyond the memory before."""
 
     def read(name):
         status = Path("/proc/self/status").read_text()
@@ -367,7 +367,7 @@ def test_no_map_is_held():
     assert received < one_map / 8
     assert entropy < one_map / 8
     assert attended < one_map / 2
-    # what it would be, seen the same way: one head in bfloat16
+    # the expected peak, measured in the same way: one head in bfloat16
     assert explicit > one_map / 2
 
 

@@ -22,7 +22,7 @@ from tokencache_kernels.policies.learning_to_cache import (
 
 pytest.importorskip("safetensors")
 
-# what was counted in the published routers: computed attentions and MLPs, of how many each
+# counts of the published routers: computed attentions and MLPs, of how many each
 PUBLISHED = [
     pytest.param("dit-xl-ddim50", 371, 365, 700, 47.43, id="dit-xl-ddim50"),
     pytest.param("dit-xl-ddim20", 157, 155, 280, 44.29, id="dit-xl-ddim20"),
@@ -37,7 +37,7 @@ def make_config(num_steps=6, num_layers=3, seed=0, **options):
 
 
 def actions(config, index, num_tokens=16):
-    """What every sub-layer does in a step, in the order in which they run."""
+    """List the work of every sub-layer in a step, in the order in which they run."""
     step = Step(index, config.num_inference_steps)
     return [
         config.decide(Site("main", layer, module), step, num_tokens).action

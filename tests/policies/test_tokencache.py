@@ -84,7 +84,7 @@ def test_between_two_full_steps_lies_at_most_one_percentile(importance, data):
     assert len(steps) <= num_full
     spacing = sum(importance) / num_full
     for step, following in zip(steps, [*steps[1:], len(importance)], strict=True):
-        # what passes without any full step is less than one percentile
+        # a gap without any full step is less than one percentile
         assert sum(importance[step + 1 : following]) <= spacing * (1 + 1e-9)
 
 

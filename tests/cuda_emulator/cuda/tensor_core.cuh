@@ -5,7 +5,7 @@
 
 #include "cuda/number.cuh"
 
-// In the place of csrc/cuda/tensor_core.cuh: what its instructions do, for the CPU.
+// In the place of csrc/cuda/tensor_core.cuh: the effect of its instructions, for the CPU.
 namespace tokencache {
 
 inline void copy_async(void* shared, const void* source, bool is_there) {
