@@ -26,6 +26,7 @@ from tokencache_kernels.integrations.diffusers import (
     token_cache_context,
 )
 from tokencache_kernels.integrations.diffusers.modulation import read_modulation
+from tokencache_kernels.models import SPECS
 from tokencache_kernels.policies import RandomSelector, random_tokens
 from tokencache_kernels.testing import (
     Tape,
@@ -435,10 +436,12 @@ def test_vectors_are_read_from_the_same_addresses_in_every_run(family):
     """A captured graph relies on it."""
     model = make(family, POLICY)
     addresses = []
+
+    def note(block, _):
+        addresses.append(read_modulation(block.norm1)[0].data_ptr())
+
     for block in model.transformer_blocks:
-        block.register_forward_pre_hook(
-            lambda block, _: addresses.append(read_modulation(block.norm1)[0].data_ptr())
-        )
+        block.register_forward_pre_hook(note)
 
     for prompt in (0, 1):
         run(model, family, prompt)
@@ -608,9 +611,13 @@ def test_what_is_no_scheduler_is_refused():
         run(model, DiT())
 
 
-def test_other_models_are_refused():
-    with pytest.raises(UnsupportedInputError, match="FluxTransformer2DModel, got PixArt"):
-        precompute_modulation(tiny_pixart(), DDIMScheduler())
+def test_models_without_described_vectors_are_refused():
+    spec = replace(SPECS["PixArtTransformer2DModel"], embedders=())
+
+    with pytest.raises(UnsupportedInputError, match="vectors that are described, got PixArt"):
+        precompute_modulation(tiny_pixart(), DDIMScheduler(), spec=spec)
+    with pytest.raises(UnsupportedInputError, match=r"must be one of .*, got Linear"):
+        precompute_modulation(nn.Linear(2, 2), DDIMScheduler())
 
 
 def test_other_norms_are_refused():

@@ -21,4 +21,5 @@ DIT = ModelSpec(
     ),
     conditioning=("class_labels",),
     grid=Grid(),
+    modulated_by=("class_labels",),
 )

@@ -44,6 +44,10 @@ FLUX = ModelSpec(
     transformer="FluxTransformer2DModel",
     stacks=(_DOUBLE, _SINGLE),
     conditioning=("encoder_hidden_states", "pooled_projections"),
+    modulated_by=("pooled_projections", "guidance"),
+    timestep_divisor=1000,
+    embedders=("time_text_embed",),
+    norm_out="norm_out",
 )
 
 # an approximator makes the vectors of all blocks; each is given its own
@@ -66,6 +70,8 @@ CHROMA = ModelSpec(
             vectors=(Vectors("joint", "argument", count=3),),
         ),
     ),
+    timestep_divisor=1000,
+    embedders=("distilled_guidance_layer",),
 )
 
 # its parallel blocks have one product for queries, keys, values and MLP: reused as a whole
@@ -98,6 +104,14 @@ FLUX2 = ModelSpec(
             vectors=(Vectors("joint", "argument", argument="temb_mod", count=3),),
             clips_float16=("hidden_states",),
         ),
+    ),
+    modulated_by=("guidance",),
+    timestep_divisor=1000,
+    embedders=(
+        "time_guidance_embed",
+        "double_stream_modulation_img",
+        "double_stream_modulation_txt",
+        "single_stream_modulation",
     ),
     notes="single blocks are reused or computed as a whole",
 )

@@ -39,6 +39,9 @@ HUNYUAN_VIDEO = ModelSpec(
         ),
     ),
     conditioning=("encoder_hidden_states", "encoder_attention_mask", "pooled_projections"),
+    modulated_by=("pooled_projections", "guidance"),
+    embedders=("time_text_embed",),
+    norm_out="norm_out",
 )
 
 HUNYUAN_VIDEO_15 = ModelSpec(
@@ -51,4 +54,7 @@ HUNYUAN_VIDEO_15 = ModelSpec(
         "encoder_attention_mask_2",
         "image_embeds",
     ),
+    modulated_by=("timestep_r",),
+    embedders=("time_embed",),
+    norm_out="norm_out",
 )

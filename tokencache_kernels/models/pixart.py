@@ -33,4 +33,6 @@ PIXART = ModelSpec(
     conditioning=("encoder_hidden_states", "encoder_attention_mask"),
     grid=Grid(),
     text_mask="encoder_attention_mask",
+    modulated_by=("added_cond_kwargs",),
+    embedders=("adaln_single",),
 )

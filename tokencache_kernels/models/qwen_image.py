@@ -25,4 +25,8 @@ QWEN_IMAGE = ModelSpec(
         ),
     ),
     conditioning=("encoder_hidden_states", "encoder_hidden_states_mask"),
+    modulated_by=("guidance", "additional_t_cond"),
+    timestep_divisor=1000,
+    embedders=("time_text_embed",),
+    norm_out="norm_out",
 )

@@ -17,4 +17,7 @@ SD3 = ModelSpec(
     ),
     conditioning=("encoder_hidden_states", "pooled_projections"),
     grid=Grid(),
+    modulated_by=("pooled_projections",),
+    embedders=("time_text_embed",),
+    norm_out="norm_out",
 )

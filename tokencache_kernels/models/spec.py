@@ -258,6 +258,11 @@ class ModelSpec:
         time_rises: whether timesteps rise from step to step.
         grid: the source of the tokens' grid; None: tokens lie on no grid.
         text_mask: the argument that says which text tokens a cross-attention may see.
+        modulated_by: the arguments, beside the timestep, that adaLN vectors depend on.
+        timestep_divisor: the divisor by which pipelines make a timestep of the scheduler's.
+        embedders: the paths of modules that are called before the blocks and see nothing but
+            the timestep and ``modulated_by``.
+        norm_out: the path of the adaLN behind the blocks, if there is one; its argument is theirs.
         notes: a remark for ``tokencache models``.
     """
 
@@ -269,6 +274,10 @@ class ModelSpec:
     time_rises: bool = False
     grid: Grid | None = None
     text_mask: str | None = None
+    modulated_by: tuple[str, ...] = ()
+    timestep_divisor: int = 1
+    embedders: tuple[str, ...] = ()
+    norm_out: str = ""
     notes: str = ""
 
     def __post_init__(self) -> None:

@@ -36,4 +36,5 @@ WAN = ModelSpec(
     ),
     conditioning=("encoder_hidden_states", "encoder_hidden_states_image"),
     grid=Grid(is_video=True),
+    embedders=("condition_embedder.time_embedder", "condition_embedder.time_proj"),
 )

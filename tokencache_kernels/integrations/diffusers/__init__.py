@@ -2,12 +2,12 @@
 
 from .apply import (
     apply_token_cache,
-    register_model,
     remove_token_cache,
     reset_token_cache,
     token_cache_context,
 )
 from .captured_steps import count_graph_steps
+from .descriptions import register_model
 from .modulation import precompute_modulation, remove_precomputed_modulation
 from .summary import CacheSummary, cache_summary
 

@@ -10,17 +10,16 @@ from torch import nn
 from ...backends.native.linear import drop_packed_weights
 from ...blocks import CudaCapture
 from ...errors import UnsupportedInputError, fail
-from ...models import SPECS, UNSUPPORTED, ModelSpec
+from ...models import ModelSpec
 from ...policies import Policy, StepTable
 from . import compat
 from .binding import Binding, bind
 from .captured_steps import Graphs, check_transformer
+from .descriptions import find_spec
 from .installing import install, uninstall
-from .interception import class_of, intercept_root, interceptor_of
+from .interception import intercept_root, interceptor_of
 from .session import Options, Session
 from .transformer_answer import TransformerAnswer
-
-_registered: dict[str, ModelSpec] = {}
 
 
 def apply_token_cache(
@@ -100,7 +99,7 @@ def _make_session(
     cuda_graphs: bool,
 ) -> Session:
     """Check that a policy fits a transformer, and bring them together."""
-    binding = bind(_find_spec(transformer, spec), transformer)
+    binding = bind(find_spec("apply_token_cache", transformer, spec), transformer)
     if interceptor_of(transformer) is not None:
         raise ValueError(
             "apply_token_cache: transformer must not have a token cache yet, got one that has; "
@@ -144,28 +143,6 @@ def _no_scheduler() -> None:
 
 def _has(pipeline: Any, name: str) -> bool:
     return isinstance(getattr(pipeline, name, None), nn.Module)
-
-
-def register_model(spec: ModelSpec) -> None:
-    """Describe a model class to ``apply_token_cache``, also one that is described already."""
-    _registered[spec.transformer] = spec
-
-
-def _find_spec(transformer: nn.Module, spec: ModelSpec | None) -> ModelSpec:
-    if spec is not None:
-        return spec
-    name = class_of(transformer).__name__
-    found = _registered.get(name) or SPECS.get(name)
-    if found is None and name in UNSUPPORTED:
-        raise UnsupportedInputError(
-            f"apply_token_cache: {name} cannot be cached by token: {UNSUPPORTED[name]}"
-        )
-    if found is None:
-        raise UnsupportedInputError(
-            f"apply_token_cache: transformer must be one of {', '.join({**SPECS, **_registered})}, "
-            f"or be described by spec=ModelSpec(...), got {name}"
-        )
-    return found
 
 
 def _check_policy(policy: Policy, binding: Binding) -> None:

@@ -316,6 +316,15 @@ class Session:
         finally:
             self._threads.named.pop()
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Let the modules answer for themselves inside a call that is under way."""
+        call, self._threads.call = self._threads.call, None
+        try:
+            yield
+        finally:
+            self._threads.call = call
+
     def forget_runs(self) -> None:
         """End all runs of all threads; buffers and graphs stay."""
         self._generation += 1
