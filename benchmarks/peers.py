@@ -319,7 +319,7 @@ def write_page(records: Sequence[dict[str, Any]], path: Path) -> None:
         "edit neither.",
         "",
         f"The demo's model, {STEPS} DDIM steps, guidance {GUIDANCE}, {summaries[0]['samples']} "
-        f"digits from seed {FIRST_SEED}; PSNR to the dense run of the same seeds. "
+        f"digits from seed {FIRST_SEED}. PSNR is to the dense run of the same seeds. "
         f"{last['device']}, {last['threads']} thread{'s' * (last['threads'] > 1)}, torch "
         f"{last['torch']}{commit}. Speed-ups are of processor time; elapsed time is beside "
         f"it, unless the machine was shared (load average here up to {load:.1f}). "

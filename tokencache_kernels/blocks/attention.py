@@ -29,9 +29,8 @@ class SelfAttention:
         softmax_scale: the factor before the softmax; None: 1 / sqrt(E).
         backend: the backend of all ops.
 
-    Source:
-        KV-ALL: TokenCache (arXiv:2409.18523). KV-CACHE: RAS (arXiv:2502.10389). SEL-ONLY: what
-        these are compared with.
+    Source: KV-ALL: TokenCache (arXiv:2409.18523). KV-CACHE: RAS (arXiv:2502.10389). SEL-ONLY: their
+        baseline.
     """
 
     qkv: nn.Linear | tuple[nn.Linear, nn.Linear, nn.Linear]

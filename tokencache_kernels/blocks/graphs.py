@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 class Capture(Protocol):
-    """What captures: CUDA, or what stands for it where there is no GPU."""
+    """The capture backend: CUDA, or its substitute on a machine without a GPU."""
 
     def refusal(self, device: torch.device) -> str | None:
         """Why nothing can be captured on ``device``, or None."""
@@ -25,8 +25,8 @@ class Capture(Protocol):
     def capture(self, launch: Callable[[], T], device: torch.device) -> Callable[[], T]:
         """Call ``launch`` once, and let nothing run that it launches on ``device``.
 
-        The result runs that. It returns a copy of what ``launch`` returned: what is allocated
-        inside lies in memory that all graphs share.
+        The result replays the launches. It returns a copy of the result of ``launch``, whose own
+        memory is shared by all graphs.
         """
 
 
@@ -36,7 +36,8 @@ class CudaCapture:
     def __init__(self) -> None:
         if not torch.cuda.is_available():
             refuse("the machine", "have a CUDA device", "one without")
-        # a pool is gone with the last of its graphs; what is free in it is so for one stream
+        # A memory pool lives as long as its last graph. Its free blocks are reusable only on the
+        # stream that freed them.
         self._graphs: WeakSet[torch.cuda.CUDAGraph] = WeakSet()
         self._stream: torch.cuda.Stream | None = None
 
@@ -70,7 +71,7 @@ class CudaCapture:
 
 @dataclass
 class GraphCounts:
-    """How many steps ran, by how they ran.
+    """Counts of the steps that ran as they are, were captured, or were replayed.
 
     Attributes:
         uncaptured: the model's own code, kernel by kernel: the first of each kind.
@@ -105,7 +106,7 @@ class StaticInputs:
 
 
 def describe_arguments(arguments: Mapping[str, Any], device: torch.device) -> dict[str, str]:
-    """What a graph takes for granted of each argument, and of what is in it, by name.
+    """A graph's assumptions on each argument and its parts, by name.
 
     Raises:
         UnsupportedInputError: one is a tensor on another device, or neither a tensor nor a number,
@@ -133,15 +134,15 @@ def _describe(name: str, leaf: object, device: torch.device) -> str:
 class StepGraphs:
     """The steps of runs whose arguments are alike: each kind is captured once.
 
-    The first step of a kind runs uncaptured: that allocates what outlives a step, compiles kernels
-    and loads libraries. The second is captured, and its graph replayed from then on.
+    The first step of a kind runs uncaptured, which allocates lasting buffers, compiles kernels and
+    loads libraries. The second is captured, and its graph replayed from then on.
     """
 
     def __init__(self, capture: Capture, device: torch.device, counts: GraphCounts) -> None:
         self._capture = capture
         self._device = device
         self._counts = counts
-        # by kind: None where it has run; what replays it, and what is known once behind it
+        # by kind: None once it has run; then its replay, and the constants known behind it
         self._graphs: dict[Hashable, tuple[Callable[[], Any], frozenset[Hashable]] | None] = {}
 
     def run(self, runner: Runner, launch: Callable[[], T]) -> T:
@@ -151,8 +152,7 @@ class StepGraphs:
             runner: of the context; all that it and ``launch`` read lies at fixed addresses.
             launch: the model's own call, which begins and ends the step.
 
-        Returns:
-            What ``launch`` returns, or has returned when it was captured.
+        Returns: The result of ``launch``, or its result at the time of the capture.
 
         Raises:
             UnsupportedInputError: the step cannot be captured; the message says why.
@@ -204,5 +204,5 @@ def copy_tensors(tree: T) -> T:
 
 
 def refuse(name: str, wanted: str, got: str, cause: Exception | None = None) -> NoReturn:
-    """Say in one sentence what stands in the way of graphs."""
+    """Refuse graphs with one sentence on the obstacle."""
     raise UnsupportedInputError(f"cuda_graphs: {name} must {wanted}, got {got}") from cause

@@ -10,7 +10,7 @@ from .. import ops
 
 @dataclass(frozen=True)
 class Mlp:
-    """How to recompute packed rows and store them in the cache.
+    """A layer that recomputes packed rows and stores them in the cache.
 
     Attributes:
         module: the model's own MLP, called on packed rows when it is not two plain linear layers

@@ -14,13 +14,13 @@ from .stream import Modulation, ResidualStream
 class ParallelLayer:
     """``gate * fc2(cat(attended, activation(fc1(modulate(x)))))``: attention and MLP side by side.
 
-    What is cached is the output of the second layer, which also projects the attention. Of a fresh
-    token the MLP is recomputed, and its attention, as it was cached, is projected again. The hidden
+    The cached feature is the output of the second layer, which also projects the attention. For a
+    fresh token the MLP is recomputed, and its cached attention is projected again. The hidden
     activations are not cached: nothing would read them.
 
     Attributes:
-        attend: gives (B, N, D), what attention gave, before the projection; nothing asks for it
-            where the layer is reused.
+        attend: gives the attention's output (B, N, D) before the projection; it is not called if
+            the layer is reused.
         module: the model's own layers: packed rows of the norm and of the attention to the output.
         fc1: the first layer, where the fused path may be taken, else None.
         fc2: the second layer, likewise.

@@ -216,7 +216,7 @@ class Runner:
 
     @property
     def is_at_end(self) -> bool:
-        """Whether the last step of the run has ended, or no run has begun."""
+        """Tell whether the last step of the run has ended, or no run has begun."""
         return self._last_index is None or self._last_index + 1 >= self._run.total
 
     @property
@@ -226,17 +226,17 @@ class Runner:
 
     @property
     def is_in_step(self) -> bool:
-        """Whether a step has begun that has not ended."""
+        """Tell whether a step has begun that has not ended."""
         return self._place is not None
 
     @property
     def begins(self) -> bool:
-        """Whether a run begins with the step that has been placed."""
+        """Tell whether a run begins with the step that has been placed."""
         return self._place is not None and self._place.begins
 
     @property
     def skips_blocks(self) -> bool:
-        """Whether no block runs in this step: the output of the step before stands."""
+        """Tell whether no block runs in this step, which repeats the output of the step before."""
         return self._run.skips(self._index)
 
     def decision(self, site: Site) -> Decision:
@@ -248,19 +248,21 @@ class Runner:
         return self.decision(site).action
 
     def is_full(self, sites: Sequence[Site]) -> bool:
-        """Whether all of them compute every token in this step."""
+        """Tell whether all of them compute every token in this step."""
         return all(self.action(site) is Action.FULL for site in sites)
 
     def is_remembered(self, site: Site) -> bool:
-        """Whether the site is computed in full now and a later step reads its output."""
+        """Tell whether the site is computed in full now for a later step to read."""
         return self._run.stores(self._index, site)
 
     def keeps_keys(self, site: Site) -> bool:
-        """Whether the site's keys and values must be kept now, for fresh queries of later steps."""
+        """Tell whether the site's keys and values must be kept now, for fresh queries of later
+        steps.
+        """
         return self._run.stores_keys(self._index, site)
 
     def is_selected(self, site: Site) -> bool:
-        """Whether some of the site's tokens are selected in some step of the run."""
+        """Tell whether some of the site's tokens are selected in some step of the run."""
         return self._run.selection_of(site) is not None
 
     def trend(self, site: Site) -> Trend:

@@ -42,7 +42,8 @@ class ResidualStream:
         self._gates.append(gate)
 
     def take_rows(self, indices: Tensor, positions: Tensor, modulation: Modulation) -> Tensor:
-        """Add what is pending and pack the selected rows, normalised and modulated: one launch.
+        """Add the pending branches and pack the selected rows, normalised and modulated: one
+        launch.
 
         Args:
             indices: (B, S) int32; see ``ops.row_pass``.
@@ -73,11 +74,11 @@ class ResidualStream:
         return self.take_rows(tokens, tokens, modulation)
 
     def gather_rows(self, indices: Tensor) -> Tensor:
-        """Add what is pending and pack the selected rows as they are: (B, S, D)."""
+        """Add the pending branches and pack the selected rows as they are: (B, S, D)."""
         return ops.gather_rows(self.flush(), indices, backend=self._backend)
 
     def flush(self) -> Tensor:
-        """Add what is pending and return the hidden states."""
+        """Add the pending branches and return the hidden states."""
         if self._branches:
             if self._is_ours:
                 ops.add_branches_(
@@ -91,17 +92,17 @@ class ResidualStream:
         return self._hidden_states
 
     def follow(self, hidden_states: Tensor) -> None:
-        """Go on from ``hidden_states``, which is what was last shown, perhaps with an addition.
+        """Go on from ``hidden_states``, which is the last shown value, perhaps with an addition.
 
-        A model may add something of its own between two blocks, such as ControlNet's residual; what
-        is pending is still to be added.
+        A model may add a term of its own between two blocks, such as ControlNet's residual. The
+        pending branches are still to be added.
         """
         if hidden_states is not self._hidden_states:
             self._hidden_states = hidden_states.contiguous()
             self._is_ours = False
 
     def clip(self, limit: float) -> None:
-        """Add what is pending and clip to [-limit, limit], as some models do in float16."""
+        """Add the pending branches and clip to [-limit, limit], as some models do in float16."""
         self._hidden_states = self.flush().clip(-limit, limit)
         self._is_ours = True
 

@@ -1,4 +1,4 @@
-"""What a block is made of: gated branches that are computed, recomputed in part, or reused."""
+"""The parts of a block: gated branches that are computed, recomputed in part, or reused."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -23,7 +23,7 @@ class SubLayer(Protocol):
 
     @property
     def site(self) -> Site:
-        """Where its output is cached."""
+        """The buffer of its cached output."""
 
     @property
     def gate(self) -> Tensor | None:
@@ -39,7 +39,7 @@ class SubLayer(Protocol):
 
 
 def run_sub_layer(stream: ResidualStream, runner: Runner, sub_layer: SubLayer) -> None:
-    """Do what the policy says at this site; the gated output becomes a branch of the stream."""
+    """Follow the policy at this site; the gated output becomes a branch of the stream."""
     stream.add(bring_up_to_date(stream, runner, sub_layer), sub_layer.gate)
     if runner.action(sub_layer.site) is not Action.FULL:
         add_forecast(stream, runner, sub_layer.site, sub_layer.gate)
@@ -52,7 +52,7 @@ def add_forecast(
     gate: Tensor | None,
     feature: Site | None = None,
 ) -> None:
-    """Add what a cached output is expected to have changed by since then, if it is forecast.
+    """Add the forecast change of a cached output since it was stored.
 
     ``feature`` names one of several outputs of a site; see ``Runner.remember``.
     """
@@ -64,7 +64,7 @@ def add_forecast(
 
 
 def bring_up_to_date(stream: ResidualStream, runner: Runner, sub_layer: SubLayer) -> Tensor:
-    """Do what the policy says at this site; return the output, which nothing is added to yet."""
+    """Follow the policy at this site; return the output, which is not yet added to anything."""
     site = sub_layer.site
     action = runner.action(site)
     if action is Action.FULL:
@@ -76,7 +76,7 @@ def bring_up_to_date(stream: ResidualStream, runner: Runner, sub_layer: SubLayer
         indices, positions = runner.selection(site)
         sub_layer.recompute_(output, stream, indices, positions)
         for difference, _ in runner.differences(site):
-            # what is fresh is not forecast
+            # fresh rows are not forecast
             zeros = difference.new_zeros(*indices.shape, difference.shape[2])
             ops.scatter_rows_(difference, indices, zeros, backend=runner.backend)
     return output
@@ -138,7 +138,8 @@ class SelfAttentionLayer:
         modulation: of the norm before it.
         module: the model's own attention, called for all tokens.
         attention: recomputes some tokens.
-        runner: says what fresh queries see, and keeps keys and values where they see cached ones.
+        runner: decides the keys of fresh queries, and keeps keys and values if these are cached
+            ones.
 
     Source:
         TokenCache (arXiv:2409.18523); see ``SelfAttention`` for the variants.
@@ -186,5 +187,5 @@ class SelfAttentionLayer:
 
 
 def key_sites(site: Site) -> tuple[Site, Site]:
-    """Where keys and values of a self-attention are cached, (B, N, D) each."""
+    """The buffers of a self-attention's cached keys and values, (B, N, D) each."""
     return replace(site, module="key"), replace(site, module="value")

@@ -15,9 +15,9 @@ class FeatureCache:
     A captured graph, and the kernels that scatter into a buffer, rely on that: a full step copies
     into the buffer instead of replacing it. Which step it is, only the caller knows.
 
-    To forecast, it also keeps finite differences, a buffer of the same size for each order: with
-    ``d_0`` what is stored, ``d_{i+1} = (d_i - the d_i before) / (steps in between)``. A policy's
-    carrier says by which factors they are summed.
+    To forecast, it also keeps finite differences, a buffer of the same size for each order. ``d_0``
+    is the stored feature, and ``d_{i+1} = (d_i - previous d_i) / (steps in between)``. A policy's
+    carrier gives the factors of their sum.
 
     Source:
         TaylorSeer (arXiv:2503.06923).

@@ -1,4 +1,4 @@
-"""How many finite differences of a cached feature are known when it is stored."""
+"""The number of known finite differences of a cached feature when it is stored."""
 
 from typing import NamedTuple
 

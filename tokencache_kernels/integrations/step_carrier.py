@@ -22,7 +22,7 @@ class Rule(Protocol):
     history: int
 
     def is_full(self, index: int) -> bool:
-        """Whether step ``index`` runs the model."""
+        """Tell whether step ``index`` runs the model."""
 
     def weigh(
         self, index: int, outputs: Sequence[Tensor], latents: Tensor
@@ -40,7 +40,7 @@ class TableRule:
         self._full = frozenset(table.full_steps)
 
     def is_full(self, index: int) -> bool:
-        """Whether step ``index`` runs the model."""
+        """Tell whether step ``index`` runs the model."""
         return index in self._full
 
     def weigh(
@@ -65,7 +65,7 @@ class CarriedForward:
         self.reset()
 
     def reset(self) -> None:
-        """Begin a new run, and free what the last one kept."""
+        """Begin a new run, and free the buffers of the last one."""
         self._calls = 0
         self._kept: list[list[Tensor]] = [[] for _ in range(self._calls_per_step)]
         self._last: list[Any] = [None] * self._calls_per_step
@@ -138,7 +138,7 @@ def install_rule(model: nn.Module, rule: Rule, calls_per_step: int = 1) -> None:
 
 
 def remove_step_table(model: nn.Module) -> None:
-    """Take the table off again and free what it kept; without one this does nothing."""
+    """Remove the table and free its buffers; without one this does nothing."""
     forward = vars(model).get("forward")
     if not isinstance(forward, CarriedForward):
         return

@@ -119,8 +119,8 @@ class Chebyshev:
 
     With ``T_m`` on ``[0, total - 1]`` mapped to ``[-1, 1]`` and ``P`` their values at the stored
     steps, the weights are ``t(index) (P^T P + ridge I)^{-1} P^T``. More values than ``degree + 1``
-    are smoothed. What is fitted are the values less the newest one, so that the ridge pulls towards
-    that one and not towards zero.
+    are smoothed. The fit is of the values less the newest one, so that the ridge pulls towards that
+    one and not towards zero.
 
     Source:
         Spectrum (arXiv:2603.01623).
@@ -167,7 +167,7 @@ class Chebyshev:
 
 
 def _keep_constants(factors: Sequence[float]) -> tuple[float, ...]:
-    """Give what the weights of the differences leave over to the newest value."""
+    """Give the newest value the weight that the differences leave over."""
     return (1.0, *factors[1:])
 
 
@@ -244,7 +244,7 @@ def _check_order(carrier: Carrier) -> None:
         fail(type(carrier).__name__, "order", "be at least 0", carrier.order)
 
 
-# what is not recomputed stays as it was stored
+# features that are not recomputed stay as they were stored
 REUSE = Taylor(0)
 
 _KINDS: dict[str, type] = {kind.__name__: kind for kind in (Taylor, Newton, Hermite, Chebyshev)}

@@ -84,7 +84,7 @@ class Policy(Protocol):
 
     @property
     def carrier(self) -> "Carrier":
-        """How what is not recomputed gets its value; ``REUSE`` keeps what was stored."""
+        """The rule for features that are not recomputed; ``REUSE`` keeps the stored value."""
 
     @property
     def num_layers(self) -> int | None:

@@ -66,7 +66,7 @@ class DuCaConfig:
 
     @property
     def carrier(self) -> Carrier:
-        """Of what partial steps do not recompute; aggressive steps carry nothing on."""
+        """The carrier of partial steps; aggressive steps carry nothing on."""
         return self.toca.carrier
 
     @property

@@ -46,7 +46,7 @@ class LearningToCacheConfig:
         model: the model that the router was trained for, in words.
         name: how the policy is called in reports.
         last_step_full: whether the last step computes every sub-layer, too; False: as published.
-        carrier: gives what is skipped its value; it is reused as published.
+        carrier: gives skipped outputs their value; they are reused as published.
         fingerprint: of the logits.
 
     Source:

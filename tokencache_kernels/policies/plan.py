@@ -17,12 +17,12 @@ class StepPlan:
 
     @property
     def is_full(self) -> bool:
-        """Whether every site is computed in full."""
+        """Tell whether every site is computed in full."""
         return all(decision.action is Action.FULL for decision in self.decisions.values())
 
     @property
     def is_skipped(self) -> bool:
-        """Whether no block runs."""
+        """Tell whether no block runs."""
         return all(decision.action is Action.SKIP for decision in self.decisions.values())
 
     def full_layers(self, stream: str, module: str) -> tuple[int, ...]:
@@ -109,7 +109,7 @@ def cache_bytes(plan: Plan, shape: ModelShape, element_size: int) -> dict[str, i
     element, and keys and values as large as that if fresh queries see cached ones. ``text``: the
     prompt's keys and values, if cross-attention is computed in part. ``staleness`` and
     ``scores``: an int32 and a float32 for every token and layer of the modules that are computed in
-    part in some step; an MLP shares the scores of what is selected before it in its block, and
+    part in some step. An MLP shares the scores of the selection before it in its block, and
     where a predictor gives them the whole selection. ``differences``, where it forecasts: for every
     order as much as the features that are forecast; ``output``, where steps skip the blocks: the
     last one's.

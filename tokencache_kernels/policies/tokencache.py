@@ -109,8 +109,8 @@ def count_fresh_tokens(importance: Tensor, cache_ratio: float, tile: int) -> tup
     """Count the tokens that each block of one step computes, from one ratio for all of them.
 
     Of all L * N values the largest ``(1 - cache_ratio) * L * N`` are marked (ties: the lower block
-    first); a block computes as many tokens as it has marks, rounded up to a multiple of ``tile``
-    and at most N; no mark, no token.
+    first). A block computes as many tokens as it has marks, rounded up to a multiple of
+    ``tile`` and at most N, or none without a mark.
 
     Args:
         importance: (L, N).
@@ -155,7 +155,7 @@ class TokenCacheConfig:
         attention: the keys of fresh queries: all current tokens (``"kv_all"``), cached keys and
             values refreshed at the fresh tokens (``"kv_cache"``), or each other (``"sel_only"``).
         name: how the policy is called in reports.
-        carrier: gives what is not computed its value; it is reused as published.
+        carrier: gives features that are not computed their value; they are reused as published.
 
     Source:
         TokenCache (arXiv:2409.18523), with its second version's predictor and global ratio.

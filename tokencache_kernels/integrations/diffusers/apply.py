@@ -39,7 +39,7 @@ def apply_token_cache(
     attention that tokens receive. In partial steps attention is reused (on DiT recomputed in part
     if the policy wants it), and the MLPs, and cross-attentions, compute the selected tokens alone.
 
-    A run is told by what its calls say: the conditioning, a timestep that does not turn back, the
+    A run is recognised by its calls: the conditioning, a timestep that does not turn back, the
     cache context (``token_cache_context``), the thread. With a scheduler, the index of a step and
     the number of steps come from its table; otherwise steps are counted within the run.
 

@@ -83,6 +83,6 @@ def name_arguments(
 @eager
 @cache
 def _positional_names(kind: Any) -> tuple[str, ...]:
-    """The names of what a class's ``forward`` takes by place, without ``self``."""
+    """List the positional parameters of a class's ``forward``, without ``self``."""
     parameters = list(inspect.signature(kind.forward).parameters.values())[1:]
     return tuple(one.name for one in parameters if one.kind in _POSITIONAL)

@@ -142,7 +142,7 @@ class Binding:
 
     @property
     def has_cross_attention(self) -> bool:
-        """Whether some block attends to a text apart from the image."""
+        """Tell whether some block attends to a text apart from the image."""
         return any(
             isinstance(part, CrossAttention) for stack in self.spec.stacks for part in stack.parts
         )

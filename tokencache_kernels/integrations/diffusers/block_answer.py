@@ -82,7 +82,7 @@ class BlockAnswer:
         return None
 
     def _is_described(self, given: dict[str, Any]) -> bool:
-        """Whether the block is given nothing beside what its description names."""
+        """Tell whether the block is given no arguments beside those of its description."""
         return all(
             name in self._described or value is None or value == {} for name, value in given.items()
         )
@@ -137,7 +137,9 @@ class BlockAnswer:
         call.mode = "off"
 
     def _leave(self, call: Call, given: dict[str, Any]) -> Any:
-        """What a composed block returns; streams go on behind it, up to the end of the stack."""
+        """Return the result of a composed block; streams go on behind it, up to the end of the
+        stack.
+        """
         run, stack = call.run, self._stack
         ends = self._ends_stack
         if stack.joins:
@@ -186,7 +188,7 @@ class BlockAnswer:
 def _read_grid(
     model: spec.ModelSpec, transformer: Any, given: Mapping[str, Any]
 ) -> tuple[int, int] | None:
-    """How the tokens of the image lie; the frames of a video lie below each other."""
+    """Return the layout of the image's tokens; the frames of a video lie below each other."""
     if model.grid is None:
         return None
     latents = given.get(model.latents)

@@ -26,7 +26,7 @@ _CONSTANTS = frozenset({bool, int, float, str, type(None)})
 
 
 class ModelState:
-    """What a graph takes for granted of the modules that it runs.
+    """A graph's assumptions on the modules that it runs.
 
     Attributes:
         settings: the addresses of all parameters, and whatever else the modules hold, by module.
@@ -35,7 +35,7 @@ class ModelState:
     def __init__(self, models: Sequence[nn.Module]) -> None:
         modules = [module for model in models for module in model.modules()]
         self.settings = [_freeze(vars(module)) for module in modules]
-        # no modules: what they hold is not theirs alone
+        # no modules: their contents are not theirs alone
         processors = (getattr(module, "processor", None) for module in modules)
         self.settings += [_freeze(vars(one)) for one in processors if one is not None]
         self._parts = [
@@ -47,7 +47,9 @@ class ModelState:
         self._ids = self._read_ids()
 
     def has_its_parts(self) -> bool:
-        """Whether no module, parameter or buffer has been replaced; quick enough for every step."""
+        """Tell whether no module, parameter or buffer has been replaced; quick enough for every
+        step.
+        """
         return self._read_ids() == self._ids
 
     def _read_ids(self) -> list[int]:
@@ -56,7 +58,7 @@ class ModelState:
 
 @dataclass(frozen=True)
 class _Captured:
-    """The graphs of one pass, and what they take for granted."""
+    """The graphs of one pass, and their assumptions."""
 
     steps: StepGraphs
     inputs: StaticInputs
@@ -101,7 +103,7 @@ class Graphs:
         return output
 
     def _check_call(self, device: torch.device) -> None:
-        """Refuse what no call can be captured under."""
+        """Refuse the conditions under which no call can be captured."""
         refusal = self._capture.refusal(device)
         if refusal is not None:
             refuse("transformer", "be on a CUDA device", refusal)
@@ -179,7 +181,7 @@ def count_graph_steps(transformer: nn.Module) -> GraphCounts:
 
 
 def _freeze(value: Any) -> Any:
-    """What a module holds, so that it can be compared with what it holds later."""
+    """A snapshot of a module's contents, for a later comparison."""
     if type(value) in _CONSTANTS:
         return value
     if isinstance(value, dict):

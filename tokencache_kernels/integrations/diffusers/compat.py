@@ -33,7 +33,7 @@ def accelerate_hook_of(module: nn.Module) -> Any:
 
 
 def is_wrapped(module: nn.Module) -> bool:
-    """Whether a library has put something around the module's forward, such as offloading."""
+    """Tell whether a library has wrapped the module's forward, as offloading does."""
     if accelerate_hook_of(module) is not None:
         return True
     forward = vars(module).get("forward")
@@ -45,7 +45,7 @@ def is_wrapped(module: nn.Module) -> bool:
 
 
 def is_plain(layer: nn.Module) -> bool:
-    """Whether a call of the layer is a product with its weight and nothing else.
+    """Tell whether a call of the layer is a product with its weight and nothing else.
 
     LoRA layers are other classes, quantised ones have weights of other classes, and offloading
     wraps the call.
@@ -59,7 +59,7 @@ def is_plain(layer: nn.Module) -> bool:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether someone has put forward hooks on a module, other than the cache itself."""
+    """Tell whether a module has forward hooks other than the cache itself."""
     hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
     return any(not hasattr(getattr(hook, "__self__", None), "session") for hook in hooks)
 
@@ -84,7 +84,7 @@ def attention_processor(module: Any) -> str:
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """Whether a module is to run compiled."""
+    """Tell whether a module is to run compiled."""
     return module._compiled_call_impl is not None
 
 

@@ -89,7 +89,7 @@ def _refuse_source(source: Vectors, block: Any) -> str | None:
 
 
 def described_arguments(stack: Stack) -> frozenset[str]:
-    """The block's arguments that a composed block knows what to do with."""
+    """The block's arguments that a composed block can handle."""
     names = set(stack.streams)
     for source in stack.vectors:
         names |= {"timestep", "class_labels"} if source.kind == "own_adaln" else {source.argument}
@@ -148,7 +148,7 @@ def _read_source(
 
 
 def modulation_of(block: Any, norm: Norm, modulation: Any, sources: Sources) -> Modulation:
-    """A layer norm and what modulates it; weights of its own are folded into shift and scale."""
+    """A layer norm and its modulation; weights of its own are folded into shift and scale."""
     module = resolve(block, norm.module)
     vectors = next(iter(sources.values())) if modulation is None else sources[modulation.source]
 
@@ -190,7 +190,7 @@ def mlp_of(module: Any, layers: spec.Layers | None) -> Mlp:
 
 
 def is_plain_attention(attention: Any) -> bool:
-    """Whether an attention is four projections and a softmax, and nothing else."""
+    """Tell whether an attention is four projections and a softmax, and nothing else."""
     parts = (
         "norm_q", "norm_k", "norm_cross", "group_norm", "spatial_norm", "added_kv_proj_dim",
         "residual_connection",

@@ -38,7 +38,7 @@ def install(transformer: Any, session: Session) -> None:
             path = part.attention if isinstance(part, spec.Parallel) else part.module
             module = resolve(block, path)
             if not _belongs(module, session):
-                # a wrapper of what was there: that is called as it was
+                # a wrapper of the former method, which is called as before
                 for inner in module.modules():
                     if inner is not module and _belongs(inner, session):
                         release(inner)

@@ -129,7 +129,7 @@ def release(module: nn.Module) -> None:
 
 
 def is_intercepted(module: object) -> bool:
-    """Whether the calls of a module go to an interceptor."""
+    """Tell whether the calls of a module go to an interceptor."""
     return isinstance(module, _Intercepted)
 
 

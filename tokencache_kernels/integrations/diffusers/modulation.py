@@ -555,8 +555,8 @@ def precompute_modulation(
 
     Raises:
         UnsupportedInputError: the model or a norm of it is not supported; the message names it.
-        ValueError: the transformer has precomputed modulation already, or what is given as the
-            scheduler has no timesteps.
+        ValueError: the transformer has precomputed modulation already, or the given scheduler has
+            no timesteps.
     """
     found = find_spec("precompute_modulation", transformer, spec)
     if not hasattr(scheduler, "timesteps"):

@@ -51,13 +51,13 @@ class ModuleAnswer:
 
     @eager
     def _takes_part(self, call: Call) -> bool:
-        """Whether something of a full computation is to be kept."""
+        """Tell whether a full computation is to be kept in part."""
         runner = call.run.runner
         return runner.is_remembered(self._site) or runner.is_selected(self._site)
 
     @transparent
     def _compute(self, call: Call, made: ModuleCall) -> Any:
-        """Compute all tokens, and keep what later steps need."""
+        """Compute all tokens, and keep the features for later steps."""
         output = made.run()
         if call.mode != "fused":
             self._remember(call, output)
@@ -167,7 +167,7 @@ class SelfAttentionAnswer(ModuleAnswer):
     def _looks(
         self, call: Call, made: ModuleCall
     ) -> Callable[[Attention, Tensor | None], None] | None:
-        """What is to be done with the attention of a full computation; None: nothing."""
+        """Return the use of a full computation's attention, or None."""
         runner, session = call.run.runner, self.session
         if not runner.is_remembered(self._own_site):
             return None
@@ -381,7 +381,7 @@ def _scatter(call: Call, site: Site, cache: Tensor, fresh: Tensor) -> None:
 
 
 def _forecast(call: Call, site: Site, cache: Tensor, feature: Site | None = None) -> Tensor:
-    """A cached output for the block, with what it is forecast to have changed by."""
+    """Return a cached output for the block, with its forecast change."""
     differences = call.run.runner.differences(site, feature)
     if not differences:
         return call.run.loans.lend(feature or site, cache)

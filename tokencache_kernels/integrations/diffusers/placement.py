@@ -1,4 +1,4 @@
-"""The place of a call in its run, from what the call says: timestep, conditioning, context.
+"""The place of a call in its run, from its timestep, conditioning and context.
 
 A run's calls have one conditioning, and timesteps that do not turn back. A scheduler's table, where
 there is one, tells the index of a timestep and the length of the run; without one, steps are
@@ -32,7 +32,7 @@ class Timestep:
         self.slack = slack
 
     def is_near(self, other: float) -> bool:
-        """Whether ``other`` is the same timestep, as a pipeline may have rounded it."""
+        """Tell whether ``other`` is the same timestep, as a pipeline may have rounded it."""
         return abs(self.value - other) <= self.slack * max(abs(self.value), abs(other))
 
 
@@ -56,7 +56,7 @@ class Conditioning:
         self._kept = {name: tensor.detach().clone() for name, tensor in tensors.items()}
 
     def is_same(self, tensors: Mapping[str, Tensor]) -> bool:
-        """Whether a call has this conditioning; values are compared where tensors are others."""
+        """Tell whether a call has this conditioning; other tensors are compared by value."""
         if tensors.keys() != self._given.keys():
             return False
         for name, tensor in tensors.items():
@@ -76,7 +76,7 @@ class Conditioning:
 
 
 def _version(tensor: Tensor) -> int | None:
-    """How often a tensor was written to; None where PyTorch does not count."""
+    """Count the writes into a tensor; None if PyTorch does not count them."""
     return None if tensor.is_inference() else tensor._version
 
 
@@ -134,7 +134,7 @@ class Tracker:
 
     @property
     def is_idle(self) -> bool:
-        """Whether no run is under way."""
+        """Tell whether no run is under way."""
         return self._index is None
 
     def locate(

@@ -130,7 +130,7 @@ class Pass:
 
     @property
     def is_over(self) -> bool:
-        """Whether its run has reached its last step, or has been forgotten."""
+        """Tell whether its run has reached its last step, or has been forgotten."""
         return self.tracker.is_idle or self.runner.is_at_end
 
     def stream(self, name: str, hidden_states: Tensor, backend: str) -> ResidualStream:
@@ -240,7 +240,7 @@ class Session:
     """A policy on a transformer.
 
     Attributes:
-        policy: what is decided.
+        policy: the decisions.
         options: how it is carried out.
         binding: where the described parts lie in the transformer.
     """
@@ -367,7 +367,7 @@ class Session:
         try:
             yield call
         except BaseException:
-            # what was cached in half a step belongs to no run
+            # the features of half a step belong to no run
             run.forget()
             raise
         finally:
@@ -432,7 +432,7 @@ class Session:
         return self._table
 
     def fuses(self, stack: Stack, layer: int, block: nn.Module) -> bool:
-        """Whether a block is composed of sub-layers; asked anew in each run."""
+        """Tell whether a block is composed of sub-layers; asked anew in each run."""
         key = stack.path, layer
         if key not in self._refusals:
             self._refusals[key] = self.find_refusal(stack, layer, block)
