@@ -202,3 +202,41 @@ def test_a_diffusers_transformer_is_carried():
 
     assert torch.equal(out[0], dense[0])
     torch.testing.assert_close(out[2], 2 * dense[1] - dense[0])
+
+
+def test_apply_token_cache_takes_a_table_like_any_policy():
+    pytest.importorskip("diffusers")
+    from tokencache_kernels.integrations.diffusers import (
+        apply_token_cache,
+        remove_token_cache,
+        reset_token_cache,
+    )
+
+    def run(model):
+        labels = torch.tensor([1, 2])
+        return torch.stack([
+            model(randn(2, 2, 8, 8, seed=step), timestep=900 - 60 * step + 0 * labels,
+                  class_labels=labels).sample
+            for step in range(4)
+        ])  # fmt: skip
+
+    table = StepTable.from_carrier((0, 1), Newton(1), 4)
+    model, other = tiny_dit(), tiny_dit()
+    with torch.no_grad():
+        dense = run(model)
+        apply_step_table(other, table)
+        wanted = run(other)
+        apply_token_cache(model, table)
+        with pytest.raises(ValueError, match="must not have a token cache yet"):
+            apply_token_cache(model, table)
+        run(model)
+        model(randn(2, 2, 8, 8), timestep=torch.tensor([9, 9]), class_labels=torch.tensor([1, 2]))
+        reset_token_cache(model)
+        again = run(model)
+        remove_token_cache(model)
+
+        assert torch.equal(again, wanted)
+        assert not torch.equal(wanted, dense)
+        assert torch.equal(run(model), dense)
+        with pytest.raises(ValueError, match="cuda_graphs must be False under a StepTable"):
+            apply_token_cache(model, table, cuda_graphs=True)

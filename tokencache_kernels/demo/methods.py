@@ -106,15 +106,7 @@ def applied(model: Any, method: Method) -> Iterator[None]:
         yield
         return
     from ..integrations.diffusers import apply_token_cache, remove_token_cache
-    from ..integrations.step_carrier import apply_step_table, remove_step_table
 
-    if isinstance(method.policy, StepTable):
-        apply_step_table(model, method.policy)
-        try:
-            yield
-        finally:
-            remove_step_table(model)
-        return
     apply_token_cache(model, method.policy)
     try:
         yield

@@ -132,9 +132,14 @@ def apply_step_table(model: nn.Module, table: StepTable, *, calls_per_step: int 
 
 def install_rule(model: nn.Module, rule: Rule, calls_per_step: int = 1) -> None:
     """Make a model follow a rule; see ``apply_step_table``."""
-    if isinstance(vars(model).get("forward"), CarriedForward):
+    if has_step_table(model):
         raise ValueError("apply_step_table: the model has a step table; remove_step_table first")
     model.forward = CarriedForward(model.forward, rule, calls_per_step)
+
+
+def has_step_table(model: nn.Module) -> bool:
+    """Whether a model follows a step table."""
+    return isinstance(vars(model).get("forward"), CarriedForward)
 
 
 def remove_step_table(model: nn.Module) -> None:

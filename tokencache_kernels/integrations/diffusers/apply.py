@@ -12,6 +12,12 @@ from ...blocks import CudaCapture
 from ...errors import UnsupportedInputError, fail
 from ...models import ModelSpec
 from ...policies import Policy, StepTable
+from ..step_carrier import (
+    apply_step_table,
+    has_step_table,
+    remove_step_table,
+    reset_step_table,
+)
 from . import compat
 from .binding import Binding, bind
 from .captured_steps import Graphs, check_transformer
@@ -46,7 +52,8 @@ def apply_token_cache(
     Args:
         model: a transformer whose class is described in ``tokencache_kernels.models``, in any
             float dtype, on any device; or a pipeline that has one, with its scheduler.
-        policy: a policy, such as ``ToCaConfig.preset("dit-xl-ddim50")``.
+        policy: a policy, such as ``ToCaConfig.preset("dit-xl-ddim50")``. A ``StepTable`` goes to
+            ``apply_step_table``: it needs no description, counts steps, and takes one call a step.
         spec: the description of a model that is not described yet; see ``docs/models.md``.
         scheduler: the pipeline's scheduler, whose ``timesteps`` are set when a run begins.
         steps: whether the policy is rescaled to a sampler that takes another number of steps than
@@ -79,6 +86,13 @@ def apply_token_cache(
             fail("apply_token_cache", "model", "be a transformer or a pipeline with one", got)
         if scheduler is None and hasattr(model, "scheduler"):
             scheduler = _SchedulerOf(weakref.ref(model))
+    if isinstance(policy, StepTable):
+        if cuda_graphs:
+            fail("apply_token_cache", "cuda_graphs", "be False under a StepTable", cuda_graphs)
+        for transformer in transformers:
+            _check_free(transformer)
+            apply_step_table(transformer, policy)
+        return
     options = Options(backend, tier, steps)
     # every check before the first change
     sessions = [
@@ -100,20 +114,8 @@ def _make_session(
 ) -> Session:
     """Check that a policy fits a transformer, and bring them together."""
     binding = bind(find_spec("apply_token_cache", transformer, spec), transformer)
-    if interceptor_of(transformer) is not None:
-        raise ValueError(
-            "apply_token_cache: transformer must not have a token cache yet, got one that has; "
-            "call remove_token_cache first"
-        )
-    other = compat.find_other_cache(transformer)
-    if other is not None:
-        fail("apply_token_cache", "transformer", "have no other cache", other)
+    _check_free(transformer)
     compat.refuse_shards(transformer)
-    if isinstance(policy, StepTable):
-        raise UnsupportedInputError(
-            "apply_token_cache: a StepTable carries the output of a whole model; apply it by "
-            "integrations.step_carrier.apply_step_table"
-        )
     _check_policy(policy, binding)
     session = Session(transformer, binding, policy, options, scheduler)
     if cuda_graphs:
@@ -122,6 +124,18 @@ def _make_session(
         predictor = [] if policy.predictor is None else [policy.predictor]
         session.graphs = Graphs([transformer, *predictor], capture)
     return session
+
+
+def _check_free(transformer: nn.Module) -> None:
+    """Refuse a transformer that has a cache."""
+    if interceptor_of(transformer) is not None or has_step_table(transformer):
+        raise ValueError(
+            "apply_token_cache: transformer must not have a token cache yet, got one that has; "
+            "call remove_token_cache first"
+        )
+    other = compat.find_other_cache(transformer)
+    if other is not None:
+        fail("apply_token_cache", "transformer", "have no other cache", other)
 
 
 class _SchedulerOf:
@@ -169,6 +183,7 @@ def _check_policy(policy: Policy, binding: Binding) -> None:
 def remove_token_cache(transformer: Any) -> None:
     """Take the policy off again and free its caches; without one this does nothing."""
     for module in _transformers(transformer):
+        remove_step_table(module)
         uninstall(module)
         drop_packed_weights(module)
 
@@ -185,6 +200,7 @@ def reset_token_cache(transformer: Any, *, release_memory: bool = False) -> None
     """
     for module in _transformers(transformer):
         compat.reset_hooks(module)
+        reset_step_table(module)
         interceptor = interceptor_of(module)
         if interceptor is None:
             continue
