@@ -15,7 +15,7 @@ NATIVE := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh c
 # the environment's cmake, ninja and clang-format go first
 export PATH := $(abspath $(VENV)/bin):$(PATH)
 
-.PHONY: demo setup tools build lint types test sanitize package compile-check bench gpu gpu-ahead gpu-rest clean
+.PHONY: demo setup tools build lint types test sanitize package docs compile-check bench gpu gpu-ahead gpu-rest clean
 .NOTPARALLEL:
 
 demo: setup  # the main job: a trained model, dense and cached, side by side
@@ -76,6 +76,9 @@ sanitize: tools  # the C++ tests under ASan + UBSan and under TSan, the fuzz and
 
 package: tools  # the wheel, by way of the sdist, in a fresh environment
 	$(PY) -m pytest tests/fresh_environment.py
+
+docs: tools  # the site, in build/site; a warning is an error
+	$(PY) -m mkdocs build --strict
 
 bench: tools
 	$(PY) -m pytest benchmarks --benchmark-only
