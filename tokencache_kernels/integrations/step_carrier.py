@@ -138,7 +138,7 @@ def install_rule(model: nn.Module, rule: Rule, calls_per_step: int = 1) -> None:
 
 
 def has_step_table(model: nn.Module) -> bool:
-    """Whether a model follows a step table."""
+    """Tell whether a model follows a step table."""
     return isinstance(vars(model).get("forward"), CarriedForward)
 
 
