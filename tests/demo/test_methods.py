@@ -124,6 +124,18 @@ def test_the_router_ends_in_a_full_step_by_name():
     assert actions[0] != actions[1] == {Action.FULL}
 
 
+@pytest.mark.parametrize("name", ["jit", "hsa"])
+def test_methods_of_the_samplers_level_are_policies_like_others(name):
+    method = parse_method(name, 12)
+
+    assert method.policy.num_inference_steps == 12
+    assert method.flops_ratio == method.policy.flops_ratio > 1
+    model = load_model()
+    with applied(model, method):
+        assert "forward" in vars(model)
+    assert "forward" not in vars(model)
+
+
 def test_the_trained_policies_forecast_by_name_and_reuse_by_default():
     methods = [parse_method(name, 50) for name in ("tokencache", "l2c", "tokencache1", "l2c2")]
 

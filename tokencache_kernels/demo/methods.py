@@ -22,8 +22,11 @@ from ..policies import (
     Taylor,
     ToCaConfig,
     TokenCacheConfig,
+    TokenSteps,
     TwoPhaseSchedule,
     fora,
+    hsa,
+    jit,
     load_predictor,
     load_router,
     load_table,
@@ -45,7 +48,7 @@ class Method:
     title: str
     dense_steps: int
     steps: int
-    policy: Policy | None = None  # None runs the model as it is
+    policy: Policy | TokenSteps | None = None  # None runs the model as it is
 
     @property
     def family(self) -> str:
@@ -57,6 +60,8 @@ class Method:
         """The FLOP reduction over the blocks of the dense model's steps."""
         if self.policy is None:
             return self.dense_steps / self.steps
+        if isinstance(self.policy, TokenSteps):
+            return self.policy.flops_ratio
         return make_plan(self.policy, SHAPES["demo"]).flops_ratio
 
 
@@ -124,7 +129,7 @@ def _fits(numbers: dict[str, int]) -> bool:
     return at_least_one and numbers.get("percent", 0) <= 100 and numbers.get("order", 0) <= 2
 
 
-_Built = tuple[str, Policy | None]
+_Built = tuple[str, Policy | TokenSteps | None]
 
 
 def _dense(total: int) -> _Built:
@@ -231,6 +236,14 @@ def _calibrated(total: int, full: int) -> _Built:
     return f"calibrated, {full} steps", table
 
 
+def _jit(total: int) -> _Built:
+    return "JiT", jit(total)
+
+
+def _hsa(total: int) -> _Built:
+    return "HSA", hsa(total)
+
+
 def _uniform(total: int, percent: int) -> _Built:
     """A router whose skips go round: in each step the share's worth of the sub-layers in turn."""
     width = 2 * NUM_LAYERS
@@ -271,4 +284,6 @@ _METHODS: dict[str, Callable[..., _Built]] = {
     "tokencache[-<percent>]": _tokencache,
     "l2c[-<percent>]": _l2c,
     "uniform-<percent>": _uniform,
+    "jit": _jit,
+    "hsa": _hsa,
 }

@@ -37,6 +37,7 @@ from .shapes import (
 )
 from .step_table import StepTable, load_policy, load_table, save_table
 from .toca import ToCaConfig, fora, random_tokens, taylor_seer
+from .token_steps import TokenSteps, hsa, jit
 from .tokencache import (
     PercentileSchedule,
     TokenCacheConfig,
@@ -90,6 +91,7 @@ __all__ = [
     "Taylor",
     "ToCaConfig",
     "TokenCacheConfig",
+    "TokenSteps",
     "TwoPhaseSchedule",
     "cache_bytes",
     "choose_blocks",
@@ -98,7 +100,9 @@ __all__ = [
     "dit_shape",
     "flux_shape",
     "fora",
+    "hsa",
     "import_router",
+    "jit",
     "list_remembered",
     "load_policy",
     "load_predictor",

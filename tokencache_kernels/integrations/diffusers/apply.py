@@ -11,7 +11,7 @@ from ...backends.native.linear import drop_packed_weights
 from ...blocks import CudaCapture
 from ...errors import UnsupportedInputError, fail
 from ...models import ModelSpec
-from ...policies import Policy, StepTable
+from ...policies import Policy, StepTable, TokenSteps
 from ..step_carrier import (
     apply_step_table,
     has_step_table,
@@ -25,12 +25,18 @@ from .descriptions import find_spec
 from .installing import install, uninstall
 from .interception import intercept_root, interceptor_of
 from .session import Options, Session
+from .token_steps import (
+    apply_token_steps,
+    has_token_steps,
+    remove_token_steps,
+    reset_token_steps,
+)
 from .transformer_answer import TransformerAnswer
 
 
 def apply_token_cache(
     model: Any,
-    policy: Policy,
+    policy: Policy | StepTable | TokenSteps,
     *,
     spec: ModelSpec | None = None,
     scheduler: Any = None,
@@ -93,6 +99,17 @@ def apply_token_cache(
             _check_free(transformer)
             apply_step_table(transformer, policy)
         return
+    if isinstance(policy, TokenSteps):
+        if cuda_graphs:
+            fail("apply_token_cache", "cuda_graphs", "be False under TokenSteps", cuda_graphs)
+        bindings = [
+            bind(find_spec("apply_token_cache", transformer, spec), transformer)
+            for transformer in transformers
+        ]
+        for transformer, binding in zip(transformers, bindings, strict=True):
+            _check_free(transformer)
+            apply_token_steps(transformer, policy, binding, backend=backend)
+        return
     options = Options(backend, tier, steps)
     # every check before the first change
     sessions = [
@@ -128,7 +145,11 @@ def _make_session(
 
 def _check_free(transformer: nn.Module) -> None:
     """Refuse a transformer that has a cache."""
-    if interceptor_of(transformer) is not None or has_step_table(transformer):
+    if (
+        interceptor_of(transformer) is not None
+        or has_step_table(transformer)
+        or has_token_steps(transformer)
+    ):
         raise ValueError(
             "apply_token_cache: transformer must not have a token cache yet, got one that has; "
             "call remove_token_cache first"
@@ -184,6 +205,7 @@ def remove_token_cache(transformer: Any) -> None:
     """Take the policy off again and free its caches; without one this does nothing."""
     for module in _transformers(transformer):
         remove_step_table(module)
+        remove_token_steps(module)
         uninstall(module)
         drop_packed_weights(module)
 
@@ -201,6 +223,7 @@ def reset_token_cache(transformer: Any, *, release_memory: bool = False) -> None
     for module in _transformers(transformer):
         compat.reset_hooks(module)
         reset_step_table(module)
+        reset_token_steps(module)
         interceptor = interceptor_of(module)
         if interceptor is None:
             continue
