@@ -1,1 +1,1 @@
-"""What is timed, how, and the run book for a machine with a GPU."""
+"""Benchmarks of ops, layers and models, and the run book for a machine with a GPU."""

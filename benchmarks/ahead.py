@@ -1,4 +1,4 @@
-"""Compile for an H200, on a machine without one, what the first call of a lease launches."""
+"""Compile the launches of the first call of a lease for an H200, on a machine without one."""
 
 import json
 import os

@@ -21,7 +21,6 @@ from . import cases
 from .cases import Shape
 from .kernels import Case, has_failed, time_ops
 from .stages import Record
-from .summary import print_table
 
 Row = dict[str, Any]
 # where the stage ``install`` puts the records, which the table's rows name
@@ -36,7 +35,6 @@ def run_stage(options: argparse.Namespace, deadline: float) -> int:
     rows = order_attentions(records, name_architecture(options.device))
     table = merge(rows, json.loads(TABLE.read_text()))
     (options.out / "attention.json").write_text(json.dumps(table, indent=2) + "\n")
-    print_table(records)
     for row in rows:
         heads = f"heads up to {row['max_head_dim']}"
         print(f"{row['device']} {', '.join(row['dtypes'])}, {heads}: {', '.join(row['order'])}")
@@ -72,7 +70,7 @@ def name_architecture(device: torch.device) -> str:
 def order_attentions(records: list[Record], device: str) -> list[Row]:
     """A row for each dtype and head dim: the fastest first, over all problems that it took.
 
-    A problem counts by the ratio to its fastest; what is not measured in a graph counts as called.
+    A problem counts by the ratio to its fastest. An attention without a graph counts as called.
     """
     candidates = {*library.CANDIDATES, "triton", "native"}
     timed = [
@@ -107,7 +105,7 @@ def order_attentions(records: list[Record], device: str) -> list[Row]:
 
 
 def kind_of(record: Record) -> tuple[str, int]:
-    """What a row of the table is for; records of one shape then follow each other."""
+    """Give the problems of a row of the table; records of one shape then follow each other."""
     return record["dtype"], Shape(**record["sizes"]).head_dim
 
 

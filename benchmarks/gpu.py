@@ -1,13 +1,11 @@
 """The run book for a machine with a GPU, in stages that each fit a short slot.
 
-    python -m benchmarks.gpu --stage build|test|kernels|attention|layers|models --out DIR
-                             --budget SECONDS
+    python -m benchmarks.gpu --stage kernels|attention|layers|models --out DIR --budget SECONDS
 
-``build`` makes the native library, ``test`` runs the suite, ``kernels`` times the ops and then
-looks for better launch settings, ``attention`` orders the attentions, ``layers`` and ``models``
-time what is made of them. Everything printed is in DIR/STAGE.log too, every measurement a line of
-DIR/STAGE.jsonl. A stage ends with its budget and goes on where it stopped when it is called again.
-``--rehearse`` takes it through tiny inputs, on any machine: the times it writes mean nothing.
+``kernels`` times the ops and then looks for better launch settings, ``attention`` orders the
+attentions, ``layers`` and ``models`` time larger parts. Everything printed is in DIR/STAGE.log too,
+every measurement a line of DIR/STAGE.jsonl. A stage ends with its budget and resumes when it is
+called again. ``--rehearse`` is a dry run on tiny inputs, on any machine. Its times mean nothing.
 """
 
 import argparse
@@ -26,15 +24,13 @@ from typing import NoReturn, TextIO
 
 ROOT = Path(__file__).parents[1]
 # each names a module of this package with ``run_stage(options, deadline) -> status``
-STAGES = ("build", "test", "kernels", "attention", "layers", "models")
-# called by themselves: the second half of kernels; what takes over into the package what was found
+STAGES = ("kernels", "attention", "layers", "models")
+# called by themselves: the second half of kernels, and the installation of the results
 EXTRA_STAGES = ("tune", "install")
-# after these, what was tuned is in use already, as it would be once installed
+# after these, tuned settings are in use already, as they would be once installed
 WITH_TUNED_SETTINGS = ("attention", "layers", "models")
 # a stage that has not ended so long after its budget is killed
 GRACE_SECONDS = 20
-# then another process shows what there is
-TABLE_SECONDS = 25
 # of benchmarks/stages.py, which imports torch: this process must not
 GO_ON = 3
 
@@ -51,11 +47,11 @@ def main() -> int:
         "--only", default="", help="cases with one of these, between commas, in op/shape/dtype"
     )
     parser.add_argument("--no-compiled", action="store_true", help="leave torch.compile out")
-    parser.add_argument("--no-trace", action="store_true", help="time only, also no tuning")
+    parser.add_argument("--no-tuning", action="store_true", help="leave the tuning out")
     parser.add_argument("--grace", type=float, default=GRACE_SECONDS, help=argparse.SUPPRESS)
     parser.add_argument("--commit", help="what is measured, where the tree has no git history")
     parser.add_argument("--rehearse", action="store_true", help="tiny inputs, few repeats")
-    # how this process tells the one that works what it must know: since when, and until when
+    # for the worker process: the session and the deadline
     parser.add_argument("--session", help=argparse.SUPPRESS)
     parser.add_argument("--deadline", type=float, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -80,11 +76,6 @@ def supervise(options: argparse.Namespace) -> int:
             if status is None:
                 say("the budget is spent: what was at work is left for another call", log)
                 at.unlink(missing_ok=True)
-                run_logged(
-                    [*command, "--deadline", "0"],
-                    log,
-                    time.monotonic() + min(TABLE_SECONDS, options.grace),
-                )
                 return 0
             if at.exists():
                 say(f"{record_death(at, status)}; another process goes on", log)
@@ -112,7 +103,7 @@ def run_logged(command: list[str], log: TextIO, deadline: float) -> int | None:
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         errors="replace", start_new_session=True, env=make_environment(),
     )  # fmt: skip
-    # in a thread: what a command has started may hold the pipe open after its end
+    # in a thread: a child of the command may hold the pipe open after its end
     reader = threading.Thread(target=pass_on, args=(process.stdout, log), daemon=True)
     reader.start()
     try:
@@ -120,7 +111,7 @@ def run_logged(command: list[str], log: TextIO, deadline: float) -> int | None:
     except subprocess.TimeoutExpired:
         return None
     finally:
-        # what it has started and left behind, too
+        # its children too
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
@@ -128,7 +119,7 @@ def run_logged(command: list[str], log: TextIO, deadline: float) -> int | None:
 
 
 def make_environment() -> dict[str, str]:
-    """The environment of a stage: with what ``build`` found in wheels, and output as it comes."""
+    """Make the environment of a stage: with unpacked wheels, and unbuffered output."""
     unpacked = ROOT / "build" / "site-packages"
     search = {
         name: os.pathsep.join(filter(None, (str(folder), os.environ.get(name))))
@@ -138,7 +129,7 @@ def make_environment() -> dict[str, str]:
 
 
 def pass_on(said: TextIO, log: TextIO) -> None:
-    """Print what another process says, and keep it."""
+    """Print the output of another process, and keep it."""
     with said:
         for line in said:
             say(line.rstrip("\n"), log)
@@ -169,7 +160,7 @@ def work(options: argparse.Namespace) -> NoReturn:
         status = run_stage(options, options.deadline)
     except SystemExit as end:
         status = end.code
-    # at once: where a device was lost, what else is done at the end of a process may crash it
+    # at once: after the loss of a device, the end of a process may crash it
     sys.stdout.flush()
     os._exit(status)
 

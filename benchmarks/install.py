@@ -1,4 +1,4 @@
-"""The stage ``install``: what a run found becomes what the package ships, with its records.
+"""The stage ``install``: the results of a run become shipped files, with their records.
 
 Launch settings go to the file of their device, the table of attentions replaces the one there is,
 and the records, which both of them name, are appended to ``benchmarks/results``.
@@ -17,7 +17,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def run_stage(options: argparse.Namespace, deadline: float) -> int:
-    """Take over what there is in the folder, but nothing of a rehearsal."""
+    """Install the results in the folder, but nothing of a dry run."""
     out: Path = options.out
     for found in sorted(out.glob("*.jsonl")):
         if found.stem != "test":
@@ -33,7 +33,7 @@ def run_stage(options: argparse.Namespace, deadline: float) -> int:
 
 
 def append_records(found: Path, kept: Path) -> None:
-    """Append the lines that are not there yet; what a rehearsal says is worth nothing."""
+    """Append the lines that are not there yet, without those of a dry run."""
     known = set(kept.read_text().splitlines()) if kept.exists() else set()
     lines = [
         line

@@ -1,9 +1,9 @@
-"""The stage ``kernels``: each op against what else a user could pick, and what the device can do.
+"""The stage ``kernels``: each op against its alternatives, and against the device's ceilings.
 
 A case is one op at one shape in one dtype. Its contenders run in turn over the same sets of inputs:
-on a GPU as they are called (``stream``) and as a replayed graph (``graph``); at the leading shapes
-also as ``torch.compile`` makes it, in a graph too. A contender is timed only where its result is
-that of the published way. What time is left goes to launch settings (``tune.py``).
+on a GPU as they are called (``stream``) and as a replayed graph (``graph``), and at the leading
+shapes also as ``torch.compile`` makes it, in a graph too. A contender is timed only if its result
+is that of the paper's composition.
 """
 
 import argparse
@@ -22,10 +22,8 @@ from tokencache_kernels import backends, ops
 
 from . import cases, published, tune
 from .cases import OPS, Inputs, Op, Shape, bind
-from .profiling import list_kernels, measure_peak_bytes
 from .records import describe_run
 from .stages import (
-    GO_ON,
     MAX_SECONDS,
     Journal,
     Record,
@@ -34,14 +32,13 @@ from .stages import (
     is_wanted,
     work_through,
 )
-from .summary import print_table
-from .timing import capture, summarise, time_in_turn
+from .timing import capture, measure_peak_bytes, summarise, time_in_turn
 
 # a few roundings; the tests hold each backend to far less
 MAX_ERROR = 2e-2
-# what a sample lasts, at least
+# the least duration of a sample
 SAMPLE_SECONDS = 0.005
-# what a case may take in which the compiler tries many ways to multiply
+# the upper bound of a case in which the compiler tries many ways to multiply
 COMPILED_SECONDS = 45
 
 Call = Callable[[], Any]
@@ -49,7 +46,7 @@ Call = Callable[[], Any]
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What the device can do, in bytes and in operations a second."""
+    """The ceilings of a device, in bytes and in operations a second."""
 
     bytes: float
     flops: float
@@ -63,7 +60,7 @@ class Ceilings:
         }
 
     def share(self, record: Record) -> float:
-        """How near to the least time that the work must take it was done."""
+        """Return the fraction of the roofline achieved."""
         floor = max(record["bytes"] / self.bytes, record["flops"] / self.flops)
         return 1e3 * floor / record["median_ms"]
 
@@ -72,8 +69,7 @@ class Ceilings:
 class Case:
     """One op at one shape in one dtype.
 
-    ``is_leading``: it is timed as ``torch.compile`` makes it, too, and what each contender runs is
-    listed. ``is_first``: before other cases are timed.
+    ``is_leading``: it is timed under ``torch.compile``, too. ``is_first``: before other cases.
     """
 
     op: Op
@@ -84,12 +80,12 @@ class Case:
 
     @property
     def key(self) -> Record:
-        """What its records have in common."""
+        """The common fields of its records."""
         return {"case": self.op.name, "shape": self.shape.name, "dtype": name_dtype(self.dtype)}
 
     @property
     def seconds(self) -> int:
-        """What it may take; not begun with less time left, it is not lost halfway."""
+        """Upper bound in seconds; the case is not started if less is left."""
         return COMPILED_SECONDS if self.is_leading else 0
 
 
@@ -97,8 +93,8 @@ class Case:
 class Way:
     """One way to do an op's work: ``bind`` makes inputs into a call, to be timed in some modes.
 
-    ``is_comparable``: it must give what the published way gives. ``notes``: what its records say
-    beside.
+    ``is_comparable``: its result must equal the paper's composition. ``notes``: further fields of
+    its records.
     """
 
     name: str
@@ -110,16 +106,13 @@ class Way:
 
 
 def run_stage(options: argparse.Namespace, deadline: float) -> int:
-    """Time the ops, and give what is left of the time to launch settings; end with a table."""
+    """Time the ops, and give the rest of the time to launch settings."""
     found = list_cases(options.device, options.rehearse)
     for group in ([case for case in found if case.is_first], found):
         records = time_ops("kernels", group, options, deadline)
-        if not options.no_trace:
-            trace_ops([case for case in group if case.is_leading], options, deadline)
     status = has_failed(records)
-    if tune.can_tune(options) and not options.no_trace:
+    if tune.can_tune(options) and not options.no_tuning:
         status |= tune.run_stage(options, deadline)
-    print_table(records)
     return status
 
 
@@ -183,7 +176,7 @@ def list_cases(device: torch.device, rehearse: bool) -> list[Case]:
 
 
 def is_news(op: Op, shape: Shape) -> bool:
-    """Whether the op depends on the share of fresh tokens, where only that is another."""
+    """Tell whether the op depends on the fraction of fresh tokens, if only that differs."""
     if shape not in cases.RATIOS:
         return True
     fewer = replace(shape, S=1)
@@ -274,7 +267,7 @@ def time_ways(
 ) -> Iterator[Record]:
     """A record for each mode of each way, all timed in turn; an error ends a way.
 
-    ``prepare`` gives the run, of ``num_parts`` equal parts, and what its record says beside.
+    ``prepare`` gives the run, of ``num_parts`` equal parts, and further fields of its record.
     """
     failed = journal.failed(key)
     runs, records = {}, {}
@@ -299,54 +292,16 @@ def time_ways(
 
 
 def add_shares(records: Iterable[Record], ceilings: Ceilings) -> Iterator[Record]:
-    """Say of what was timed how near to the ceilings it is."""
+    """Add the fraction of the ceilings to each timed record."""
     for record in records:
         is_timed = "median_ms" in record
         yield {**record, "share_of_ceiling": ceilings.share(record)} if is_timed else record
 
 
-def trace_ops(found: Sequence[Case], options: argparse.Namespace, deadline: float) -> None:
-    """List what the contenders of these cases run; then another process goes on, if there is time.
-
-    What a profiler leaves behind in a process may slow down every launch.
-    """
-    facts = describe_run(options.device, options.commit, options.session)
-    journal = Journal(options.out, "traces", {**facts, "rehearsal": options.rehearse})
-    todo = [case for case in select_cases(found, options) if not journal.is_done(case.key)]
-    measure = partial(trace_case, device=options.device, journal=journal, rehearse=options.rehearse)
-    work_through(journal, todo, in_time(measure, journal, deadline), deadline)
-    if todo and time.monotonic() < deadline:
-        raise SystemExit(GO_ON)
-
-
-def trace_case(
-    case: Case, device: torch.device, journal: Journal, rehearse: bool
-) -> Iterator[Record]:
-    """What each contender runs when it is called, which is what its graph replays."""
-    release_memory()
-    inputs = case.op.make_inputs(case.shape, case.dtype, device, seed=0)
-    failed = journal.failed(case.key)
-    ran: dict[str, list[str] | str] = {}
-    for way in list_ways(case.op, case.dtype, device, with_compiled=not rehearse):
-        mode = way.modes[0]
-        if (way.name, mode) in failed:
-            continue
-        journal.enter(case.key, backend=way.name, mode=mode)
-        try:
-            kernels = list_kernels(way.bind(inputs), device)
-        except Exception as error:
-            ran[f"{way.name} {mode}"] = describe_error(error)
-        else:
-            ran[f"{way.name} {mode}"] = kernels
-            names = ", ".join(name[:60] for name in kernels)
-            print(f"{case.op.name} {way.name} {mode}: {len(kernels)}: {names}", flush=True)
-    yield {**case.key, "ran": ran}
-
-
 def release_memory() -> None:
-    """Let go of what cases before have left: their graphs, and what was compiled for them."""
+    """Release the graphs and the compiled code of former cases."""
     # the next case may compile the same code anew; after some times the compiler would give up
-    torch._dynamo.reset()
+    torch.compiler.reset()
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -387,7 +342,7 @@ def list_ways(
 
 
 def note_gelu(dtype: torch.dtype, device: torch.device) -> Record:
-    """Which GELU the library's product computes: ours is that of ``tanh``."""
+    """Name the GELU of the library's product: ours is that of ``tanh``."""
     return {"gelu": published.name_library_gelu(dtype, device)}
 
 

@@ -1,11 +1,11 @@
-"""The stage ``layers``: whole cached layers of a partial step, beside what else a user could pick.
+"""The stage ``layers``: whole cached layers of a partial step, beside the alternatives.
 
 A run goes through all layers of a model, each with weights and caches of its own: the gated
 additions over all tokens, the selection, and the MLP of the fresh tokens from its norm to its
 scatter. Times are those of one layer. On a GPU all contenders run in turn over the same layers, as
-they are called (``stream``) and as a replayed graph (``graph``; ``compiled``: of what
-``torch.compile`` made). On a CPU the tokens are given; beside the layer, the two products alone are
-timed, which bound it.
+they are called (``stream``) and as a replayed graph (``graph``, or ``compiled`` after
+``torch.compile``). On a CPU the tokens are given, and the two products alone, which bound the
+layer, are timed beside it.
 """
 
 import argparse
@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -69,7 +68,7 @@ STALENESS_WEIGHT = 0.25 / 3
 
 
 class Layer(NamedTuple):
-    """What one layer reads, and the ``cache`` of its MLP, which it writes.
+    """The inputs of one layer, and the ``cache`` of its MLP, which it writes.
 
     ``attention`` is its cached branch; in a single block of FLUX there is none, and ``attended``
     goes into fc2 beside the hidden channels.
@@ -89,7 +88,7 @@ class Layer(NamedTuple):
 
 @dataclass(frozen=True)
 class Work:
-    """What a run works on.
+    """The tensors of a run.
 
     Attributes:
         x: (B, N, D), the residual stream before the first layer; no run writes it.
@@ -98,7 +97,7 @@ class Work:
         linears: their fc1 and fc2 as a model has them, of the same weights.
         scores: (L, B, N) float32.
         staleness: (L, B, N) int32, which selections write.
-        fresh: (L, B, S) int64, what a run works on that selects nothing.
+        fresh: (L, B, S) int64, the tokens of a run that selects nothing.
         grid: how the tokens lie where their place counts.
     """
 
@@ -193,7 +192,7 @@ def recompute(work: Work, backend: str, selected: Iterable[tuple[Tensor, Tensor]
 def make_sub_layer(
     layer: Layer, linears: tuple[nn.Linear, nn.Linear], backend: str
 ) -> MlpLayer | ParallelLayer:
-    """The block's part that recomputes the fresh tokens; what is fused never calls a module."""
+    """Build the block's part that recomputes the fresh tokens; a fused one never calls a module."""
     site, modulation = (
         Site("main", 0, "mlp"),
         Modulation(layer.shift, layer.scale, published.EPS),
@@ -207,7 +206,7 @@ def make_sub_layer(
     )  # fmt: skip
 
 
-# what a user would pick instead
+# the alternatives of a user
 
 
 def add_branches(x: Tensor, before: Tensor, layer: Layer) -> Tensor:
@@ -334,7 +333,7 @@ def run_products(work: Work, multiply: Callable[..., Tensor]) -> Tensor:
 class Case:
     """A model's layers of one shape.
 
-    ``is_leading``: against every contender; ``is_compiled``: also against what is compiled.
+    ``is_leading``: against every contender; ``is_compiled``: also against ``torch.compile``.
     """
 
     shape: Shape
@@ -346,7 +345,7 @@ class Case:
 
     @property
     def key(self) -> Record:
-        """What its records have in common."""
+        """The common fields of its records."""
         return {
             "case": "layer" if self.selects else "layer-of-given-tokens",
             "shape": self.shape.name,
@@ -355,7 +354,7 @@ class Case:
 
     @property
     def bytes(self) -> int:
-        """What one layer must move: each input read once, each output written once."""
+        """The least bytes of one layer: each input read once, each output written once."""
         B, N, S, D, extra = (getattr(self.shape, name) for name in ("B", "N", "S", "D", "extra"))
         # a single block of FLUX has no attention branch, but rows of attention that fc2 reads
         features = B * D * ((3 if extra else 4) * N + S) + B * S * extra
@@ -364,17 +363,17 @@ class Case:
 
     @property
     def flops(self) -> int:
-        """What it must multiply."""
+        """The floating-point operations of its products."""
         return 2 * self.shape.B * self.shape.S * self.num_weights
 
     @property
     def seconds(self) -> int:
-        """What it takes at most, roughly: compilers take nearly all."""
+        """Upper bound in seconds, roughly; compilers take nearly all."""
         return 100 if self.is_compiled else 0
 
     @property
     def num_weights(self) -> int:
-        """Of both matrices."""
+        """The number of weights in both matrices."""
         return self.shape.D * (2 * self.shape.M + self.shape.extra)
 
     def make_work(self, depth: int | None = None) -> Work:
@@ -387,8 +386,8 @@ class Case:
 class Way:
     """One way through the layers; ``make_run`` gives it, compiled if it is.
 
-    ``is_comparable``: it does what the published way does, and is timed only if the result is the
-    same.
+    ``is_comparable``: it does the work of the paper's composition, and is timed only if the result
+    is the same.
     """
 
     name: str
@@ -414,7 +413,6 @@ def run_stage(options: argparse.Namespace, deadline: float) -> int:
     ceilings = measure_all_ceilings(dtypes, options, journal)
     measure = partial(time_case, ceilings=ceilings, journal=journal, rehearse=options.rehearse)
     work_through(journal, cases, in_time(measure, journal, deadline), deadline)
-    print_table(journal.records)
     return has_failed(journal.records)
 
 
@@ -475,7 +473,7 @@ def list_ways(case: Case) -> Iterator[Way]:
 
 
 def _ready(run: Callable[..., Tensor], **settings: Any) -> Callable[[], Callable[[Work], Tensor]]:
-    """What makes a run that is there already."""
+    """Wrap a run that needs no preparation."""
     return lambda: partial(run, **settings)
 
 
@@ -484,16 +482,16 @@ def compile_layer(
 ) -> Callable[[Work], Tensor]:
     """The run with its layer compiled, for sizes that never change."""
     # each case compiles the same code anew, and after some times the compiler would give up
-    torch._dynamo.reset()
+    torch.compiler.reset()
     # the graph is ours, as for the others
     return partial(run, run_layer=_compile(layer, "max-autotune-no-cudagraphs"))
 
 
 def make_library_run(is_compiled: bool) -> Callable[[Work], Tensor]:
-    """What PyTorch's own parts are put together to."""
+    """Compose the run of PyTorch's own parts."""
     if not is_compiled:
         return partial(run_library, pack=pack_rows, choose=choose_rows)
-    torch._dynamo.reset()
+    torch.compiler.reset()
     return partial(run_library, pack=_compile(pack_rows), choose=_compile(choose_rows))
 
 
@@ -527,7 +525,7 @@ def time_case(
 
 
 def check_result(case: Case, run: Callable[[Work], Tensor]) -> None:
-    """Compare what two layers leave with what the published way leaves, on equal tensors."""
+    """Compare the tensors after two layers with those of the paper's composition."""
     results = []
     for go in (run, run_published if case.selects else run_published_on_given):
         work = case.make_work(2)
@@ -539,20 +537,3 @@ def check_result(case: Case, run: Callable[[Work], Tensor]) -> None:
     error = ((ours - wanted).norm() / wanted.norm()).item()
     if not error <= MAX_ERROR:
         raise ValueError(f"the result is off by {error:.2g} of its norm, allowed {MAX_ERROR}")
-
-
-def print_table(records: list[Record]) -> None:
-    """A line a case: ours in microseconds, and how many times as long every other way takes."""
-    timed = [record for record in records if "median_ms" in record]
-    for name, group in groupby(timed, key=lambda r: f"{r['case']} {r['shape']} {r['dtype']}"):
-        ways = sorted(group, key=lambda record: record["median_ms"])
-        ours = next((way for way in ways if not way["baseline"]), ways[0])
-        others = (
-            f"{way['backend']}/{way['mode']} {way['median_ms'] / ours['median_ms']:.2f}"
-            for way in ways
-            if way is not ours
-        )
-        print(
-            f"{name}: {ours['backend']}/{ours['mode']} {1e3 * ours['median_ms']:.1f} us; "
-            f"times as long: {', '.join(others)}"
-        )

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from .gpu import ROOT
 
-# laid in by hand, such as that of diffusers; every stage finds what is unpacked beside it
+# laid in by hand, such as that of diffusers; unpacked for every stage
 WHEELS = ROOT / "build" / "wheels"
 # compiled ahead; the compiler of the machine finds it if it is the same
 CACHE = ROOT / "build" / "triton-cache"
@@ -37,7 +37,7 @@ class Step:
     stage: str
     budget: int
     only: str = ""
-    flags: tuple[str, ...] = ("--no-compiled", "--no-trace")
+    flags: tuple[str, ...] = ("--no-compiled", "--no-tuning")
 
 
 LEASES = {
@@ -80,7 +80,7 @@ def main() -> int:
 
 
 def take(steps: Sequence[Step], seconds: float, options: argparse.Namespace) -> int:
-    """Take the steps in order; what one leaves of its budget goes to the later ones."""
+    """Take the steps in order; a step's unused budget goes to the later ones."""
     start = time.monotonic()
     environment = {**os.environ}
     if CACHE.is_dir():
@@ -111,12 +111,19 @@ def take(steps: Sequence[Step], seconds: float, options: argparse.Namespace) -> 
 
 
 def command_of(step: Step, budget: float, options: argparse.Namespace) -> list[str]:
-    """The call of a stage; the sanitizer runs the tests of the smallest kernels."""
+    """Return the call of a step: of pytest, of the sanitizer around it, or of a stage."""
+    pytest = (sys.executable, "-m", "pytest", "-q", "-W", "ignore")
+    if step.stage == "test":
+        # libraries of another machine warn about other things
+        files = [f"tests/{name}.py" for name in step.only.split(",") if name] or ["tests"]
+        files = ["tests/test_layering.py"] if options.rehearse else files
+        report = f"--junitxml={options.out / 'test.xml'}"
+        return ["timeout", f"{budget:.0f}", *pytest, report, *files]
     if step.stage == "sanitize":
-        tests = ("tests/ops/test_rows.py", "tests/ops/test_select.py", "-k", "triton or native")
+        files = ("tests/ops/test_rows.py", "tests/ops/test_select.py")
+        call = (*pytest, "-x", *files, "-k", "triton or native")
         tool = ("compute-sanitizer", "--error-exitcode", "1")
-        pytest = (sys.executable, "-m", "pytest", "-q", "-x", *tests)
-        checked = pytest if options.rehearse else (*tool, *pytest)
+        checked = call if options.rehearse else (*tool, *call)
         return ["timeout", f"{budget:.0f}", *checked]
     # a stage ends at most so long after its budget
     budget = max(budget - 12, 5)

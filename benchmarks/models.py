@@ -15,7 +15,6 @@ import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -72,9 +71,9 @@ class Model:
         num_steps: of the sampler.
         policies: the others that it is timed under.
         samples: how many runs of each contender.
-        seconds: what a case of it takes at most, roughly.
+        seconds: the upper bound of a case of it, roughly.
         precomputes: whether there is modulation to precompute.
-        is_compiled_whole: else block by block, where what lies between blocks is nothing.
+        is_compiled_whole: else block by block, if nothing lies between blocks.
     """
 
     make: str
@@ -136,7 +135,7 @@ class Contender:
 
     @property
     def is_baseline(self) -> bool:
-        """Whether nothing of it is ours."""
+        """Tell whether nothing of it is ours."""
         return self.backend != "auto" and self.modulation == "per-step"
 
     @property
@@ -157,7 +156,7 @@ class Case:
 
     @property
     def key(self) -> Record:
-        """What its records have in common."""
+        """The common fields of its records."""
         shape = f"{self.name}-{self.batch}"
         return {"case": "model", "shape": shape, "dtype": "bfloat16", "part": self.part}
 
@@ -169,7 +168,7 @@ class Case:
 
     @property
     def seconds(self) -> int:
-        """What it takes at most, roughly."""
+        """Upper bound in seconds, roughly."""
         return self.model.seconds
 
     @property
@@ -198,7 +197,7 @@ class Case:
         return list(dict.fromkeys(found))
 
     def make_subject(self) -> "Subject":
-        """The model on the device, with what it is called with."""
+        """Build the model on the device, with the arguments of its calls."""
         from . import subjects
 
         return getattr(subjects, self.model.make)(self.batch, self.device, is_tiny=self.rehearse)
@@ -258,7 +257,6 @@ def run_stage(options: argparse.Namespace, deadline: float) -> int:
     ]
     measure = in_time(partial(time_case, journal=journal), journal, deadline)
     work_through(journal, cases, measure, deadline)
-    print_table(journal.records)
     return has_failed(journal.records)
 
 
@@ -270,7 +268,7 @@ def list_cases(device: torch.device, rehearse: bool) -> list[Case]:
     return [case for case in cases if case.batch <= 2 and case.part != "compiled"]
 
 
-# what is timed
+# runs and steps
 
 
 def make_call(contender: Contender, case: Case, subject: "Subject") -> "Call":
@@ -298,7 +296,7 @@ def make_call(contender: Contender, case: Case, subject: "Subject") -> "Call":
 
 def compile_transformer(transformer: Any, is_whole: bool) -> None:
     """Compile with everything that the compiler can try; the graph is ours, as for the others."""
-    torch._dynamo.reset()
+    torch.compiler.reset()
     singles = getattr(transformer, "single_transformer_blocks", ())
     parts = [transformer] if is_whole else [*transformer.transformer_blocks, *singles]
     for part in parts:
@@ -392,7 +390,7 @@ def time_case(case: Case, journal: Journal) -> Iterator[Record]:
         for contender in case.contenders:
             if has_failed_before(contender, journal.of_case(case.key)):
                 continue
-            # what the one before has left would be taken for this one's
+            # leftovers of the one before would be taken for this one's
             release_memory()
             _enter(journal, case, contender)
             try:
@@ -422,7 +420,7 @@ def time_case(case: Case, journal: Journal) -> Iterator[Record]:
 
 
 def has_failed_before(contender: Contender, records: list[Record]) -> bool:
-    """Whether it has ended a process before, or would fail again."""
+    """Tell whether it has ended a process before, or would fail again."""
     names = contender.fields.items()
     return any("error" in record and names <= record.items() for record in records)
 
@@ -435,9 +433,9 @@ def _enter(journal: Journal, case: Case, contender: Contender) -> None:
 
 
 def prepare_call(contender: Contender, case: Case, subject: "Subject") -> tuple["Call", int | None]:
-    """The contender's call, which gives what it should, and the memory that a run of it takes.
+    """Prepare the contender's checked call, and measure the memory of a run of it.
 
-    That is what it holds and what it needs on top, with the weights, which all share.
+    The memory includes its buffers, its temporaries and the weights, which all share.
     """
     on_gpu = case.device.type == "cuda"
     # a dense model does the same in every step
@@ -479,7 +477,7 @@ def warm_up(call: "Call", contender: Contender, subject: "Subject", num_steps: i
     raise ValueError(f"all steps of a run must be replayed in the end, got {got}")
 
 
-# what is recorded
+# records
 
 
 def make_records(
@@ -489,7 +487,7 @@ def make_records(
     runs: list[list[float]],
     pipelines: list[float],
 ) -> Iterator[Record]:
-    """Of whole runs, and of each kind of step, given the seconds of all steps of some runs."""
+    """Make the records of whole runs, and of each kind of step, from the seconds of all steps."""
     policy = case.make_policy(contender.policy, subject)
     shape = subject.published_shape if contender.backend == "published" else subject.shape
     dense, num_steps = subject.shape.dense_flops, case.model.num_steps
@@ -521,26 +519,10 @@ def make_records(
 
 
 def name_step(step: StepPlan) -> str:
-    """What kind of step it is."""
+    """Name the kind of a step."""
     if step.is_full:
         return "full_step"
     if step.is_skipped:
         return "skipped_step"
     actions = {decision.action for decision in step.decisions.values()}
     return "reuse_step" if actions == {Action.REUSE} else "partial_step"
-
-
-def print_table(records: list[Record]) -> None:
-    """A line a run: how long, how much faster than the dense model in a graph, of how few FLOPs."""
-    runs = [record for record in records if record.get("what") == "run"]
-    print(f"\n{'run':84}{'ms':>10}{'faster':>8}{'FLOPs':>8}{'GB':>7}")
-    for (shape, part), group in groupby(runs, key=lambda r: (r["shape"], r["part"])):
-        dense = None
-        for run in group:
-            dense = dense or run["median_ms"]
-            peak = "-" if run["peak_bytes"] is None else f"{run['peak_bytes'] / 1e9:.1f}"
-            names = (run[name] for name in ("policy", "backend", "mode", "modulation"))
-            print(
-                f"{' '.join((shape, part, *names)):84}{run['median_ms']:10.2f}"
-                f"{dense / run['median_ms']:7.2f}x{run['flops_ratio']:7.2f}x{peak:>7}"
-            )

@@ -59,7 +59,7 @@ Reset = Callable[[], object]
 
 
 def make_contender(name: str, mag_ratios: Callable[[], list[float]]) -> tuple[Any, Reset]:
-    """Load a model of its own for the contender; return it with what begins a new run.
+    """Load a model of its own for the contender; return it with the function that begins a new run.
 
     Raises:
         ImportError: the library is not installed.

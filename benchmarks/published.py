@@ -1,8 +1,8 @@
 """The ops as others compute them: by the published methods, and with the libraries' own fusions.
 
-The published way is eager PyTorch, one small kernel after another. Indices are int64, as ``gather``
-and ``argsort`` want and give them. These are what the package is timed against, so they do no more
-work than they must.
+The paper's composition is eager PyTorch, one small kernel after another. Indices are int64, as
+``gather`` and ``argsort`` want and give them. The package is timed against these, so they do no
+more work than they must.
 """
 
 from functools import cache, partial
@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tokencache_kernels.backends import library
 
 EPS = 1e-6
-# what the best token of each 2 x 2 square gains (ToCa's s4)
+# the gain of the best token of each 2 x 2 square (ToCa's s4)
 BONUS = 0.4
 
 
@@ -158,7 +158,7 @@ def mlp_in_library(cache, x, fresh, shift, scale, fc1, fc1_bias, fc2, fc2_bias):
 
 
 def dense_mlp(x, shift, scale, fc1, fc1_bias, fc2, fc2_bias):
-    """The MLP of all tokens, which is what caching saves."""
+    """The MLP of all tokens, which caching saves."""
     rows = F.layer_norm(x, x.shape[-1:], eps=EPS) * (1 + scale[:, None]) + shift[:, None]
     return F.linear(linear_gelu(rows, fc1, fc1_bias), fc2, fc2_bias)
 
@@ -169,7 +169,7 @@ def _compiled(function):
 
 
 def name_library_gelu(dtype, device):
-    """Which GELU torch's fused product computes here: that of ``tanh`` or that of ``erf``."""
+    """Name the GELU of torch's fused product here: that of ``tanh`` or that of ``erf``."""
     # where the two differ most, and with nothing added that would round
     bias = torch.linspace(-3, -1, 512, dtype=dtype, device=device)
     rows, weight = bias.new_zeros(1, 64, 64), bias.new_zeros(512, 64)
@@ -314,7 +314,7 @@ def blend(cache, x, weight):
 
 
 def blend_backward(mlp, cache, x, weight):
-    """Of ``blend``, where ``mlp`` is the gradient that comes in."""
+    """Compute the gradients of ``blend``, with ``mlp`` as the incoming gradient."""
     w = weight[..., None].to(x.dtype)
     fresh = w * mlp
     return mlp - fresh, fresh, ((x - cache) * mlp).sum(dim=-1)

@@ -1,9 +1,9 @@
 """Whole models under ToCa as its published code runs them, written from its description.
 
 Full steps hold the attention map of every head, from which the scores come; a partial step
-surrounds each MLP with some thirty small kernels. What that code does in vain is left out: waiting
-for the device in each selection, a cache of hidden channels that nothing reads. Steps are decided
-as ours are, so that both do the same work.
+surrounds each MLP with some thirty small kernels. The waste of that code is left out: waiting for
+the device in each selection, a cache of hidden channels that nothing reads. Steps are decided as
+ours are, so that both do the same work.
 """
 
 from functools import partial
@@ -38,7 +38,7 @@ def apply_published(transformer, policy):
 
 
 class _Run:
-    """What is decided and remembered: features, attention maps or what was made of them, waits."""
+    """The state of a run: decisions, features, attention maps or their means, waiting times."""
 
     def __init__(self, policy):
         self.policy = policy
@@ -50,7 +50,7 @@ class _Run:
         self.index = (self.index + 1) % self.policy.num_inference_steps
 
     def decide(self, site, x):
-        """What the policy says; asked once, so that it costs the run nothing."""
+        """The policy's decision; asked once, so that it costs the run nothing."""
         key = (site, self.index)
         if key not in self._decisions:
             step = Step(self.index, self.policy.num_inference_steps)

@@ -18,7 +18,7 @@ from tokencache_kernels.commands import info
 def describe_run(
     device: torch.device, commit: str | None, session: str | None = None
 ) -> dict[str, Any]:
-    """What every record of a run carries; ``commit`` is for a tree that has no history with it."""
+    """Collect the fields of every record of a run; ``commit`` is for a tree without history."""
     source = info.source_facts()
     if source["git"] is None:
         source["git"] = commit
@@ -64,7 +64,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
 
 def is_same_run(record: dict[str, Any], facts: dict[str, Any]) -> bool:
-    """Whether a record is of this session, or of the very code that runs now on the same device."""
+    """Tell whether a record is of this session, or of the same code on the same device."""
     if facts["session"] is not None and record.get("session") == facts["session"]:
         return True
     if facts["git"] is None or facts["dirty"] or record["dirty"]:

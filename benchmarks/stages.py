@@ -1,9 +1,8 @@
-"""What the measuring stages share: cases in order, each of which leaves records whatever happens.
+"""Shared by the measuring stages: cases in order, each of which leaves records whatever happens.
 
-A stage works in a process of its own, because an error of CUDA spoils every later call of the
-process that met it. Before it takes up a piece of work it writes into ``at.json`` what that is. Who
-finds this file after the process's end knows what it died of, records that, and lets another
-process go on with the rest.
+A stage works in a process of its own, because an error of CUDA spoils every later call of its
+process. Before a piece of work it writes the case into ``at.json``. The supervisor finds this file
+after the process's end, records the cause of death, and lets another process go on with the rest.
 """
 
 import faulthandler
@@ -28,14 +27,14 @@ Record = dict[str, Any]
 
 
 class Case(Protocol):
-    """A piece of work: ``key`` is what its records have in common: case, shape and dtype."""
+    """A piece of work: ``key`` has the common fields of its records: case, shape and dtype."""
 
     @property
     def key(self) -> Record: ...
 
 
 def is_wanted(key: Record, only: str) -> bool:
-    """Whether one of the words between commas is in a case's name."""
+    """Tell whether one of the words between commas is in a case's name."""
     name = "/".join(key.values())
     return any(word in name for word in only.split(","))
 
@@ -56,7 +55,7 @@ class Journal:
         self.records.append(record)
 
     def enter(self, key: Record, **contender: str) -> None:
-        """Say what is begun: a case, or one ``backend`` and ``mode`` of it."""
+        """Announce the work: a case, or one ``backend`` and ``mode`` of it."""
         begun = {"path": str(self.path), "record": {**key, **contender, **self.facts}}
         # replaced as a whole: the process may be killed at any time
         new = self.at.with_suffix(".new")
@@ -72,7 +71,7 @@ class Journal:
         return [r for r in self.records if all(r.get(name) == key[name] for name in key)]
 
     def is_done(self, key: Record) -> bool:
-        """Whether the case has been measured, or has failed as a whole."""
+        """Tell whether the case has been measured, or has failed as a whole."""
         return any(
             r.get("what") != FIRST_RUN and ("error" not in r or "backend" not in r)
             for r in self.of_case(key)
@@ -136,7 +135,7 @@ def in_time(
 
 
 def _or_error(measure: Callable[[Any], Iterable[Record]], case: Case) -> Iterator[Record]:
-    """What ``measure`` yields of the case, and its error, if it ends in one."""
+    """Yield the records of ``measure`` for the case, and its error, if it ends in one."""
     try:
         yield from measure(case)
     except Exception as error:

@@ -1,4 +1,4 @@
-"""The models of the stage ``models``: random weights, and what a pipeline calls them with.
+"""The models of the stage ``models``: random weights, and the arguments of a pipeline.
 
 Of the benchmarks, this file alone imports diffusers as it is imported itself.
 """
@@ -38,22 +38,22 @@ class BoundCall:
     named: dict[str, Any]
 
     def __call__(self, latents: Tensor, timestep: Tensor) -> Tensor:
-        """What it predicts."""
+        """Return the prediction."""
         return self.transformer(latents, timestep=timestep, **self.named, return_dict=False)[0]
 
 
 @dataclass
 class Subject:
-    """A model, and what it is called with.
+    """A model, and the arguments of its calls.
 
     Attributes:
         transformer: without hooks or gradients.
-        shape: what its operations are counted from.
+        shape: the source of its operation counts.
         published_shape: likewise, of the published code of ToCa.
-        latents: what a run begins with.
-        named: what a call is given beside latents and timestep.
+        latents: the start of a run.
+        named: the arguments of a call beside latents and timestep.
         scheduler: of the published setting.
-        timestep_divisor: what the scheduler's timesteps are divided by for the model.
+        timestep_divisor: the divisor of the scheduler's timesteps for the model.
     """
 
     transformer: nn.Module
@@ -107,7 +107,7 @@ def _built_on(device: torch.device) -> Iterator[None]:
 
 
 def _finish(transformer: nn.Module) -> nn.Module:
-    # also what is made in float32, such as positions
+    # also tensors made in float32, such as positions
     return nn.Module.to(transformer, DTYPE).eval().requires_grad_(False)
 
 

@@ -18,7 +18,7 @@ class DeviceClock:
         self.last = _record_event()
 
     def __call__(self) -> float:
-        """Wait for what was launched, and return the device's time since the start.
+        """Wait for the launches, and return the device's time since the start.
 
         Differences are summed in float64: an event gives float32, too coarse after some seconds.
         """
@@ -76,7 +76,7 @@ def time_parts(parts: Iterable[Callable[[], object]], device: torch.device) -> l
 
 
 def summarise(seconds: Sequence[float], parts: int = 1) -> dict[str, float | int]:
-    """What a record says of one of the equal parts of a run, given the seconds of some runs."""
+    """Summarise one of the equal parts of a run for its record, from the seconds of some runs."""
     milliseconds = [1e3 * second / parts for second in seconds]
     p20, *_, p80 = statistics.quantiles(milliseconds, n=5, method="inclusive")
     return {
@@ -89,7 +89,8 @@ def summarise(seconds: Sequence[float], parts: int = 1) -> dict[str, float | int
 
 def capture(run: Callable[[], object]) -> Callable[[], None]:
     """The replay of a CUDA graph of ``run``."""
-    # what a library or a compiler sets up at a first call, on a first stream, cannot be captured
+    # libraries and compilers set things up at a first call, on a first stream, which cannot be
+    # captured
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -104,6 +105,18 @@ def capture(run: Callable[[], object]) -> Callable[[], None]:
         # a capture that fails would stay on its own
         torch.cuda.set_stream(current)
     return graph.replay
+
+
+def measure_peak_bytes(call: Callable[[], object], device: torch.device) -> int | None:
+    """Measure the peak memory of a call on a GPU, beyond the memory before."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
 
 
 def _time(run: Callable[[], object], repeats: int, clock: Callable[[], float]) -> float:

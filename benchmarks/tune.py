@@ -1,7 +1,7 @@
 """The stage ``tune``: launch settings that win on this GPU, as the file that ships them.
 
 Each problem that a kernel names for tuning leaves a record. The file is written anew after each,
-from all records of this code and device, so that it always holds what won so far.
+from all records of this code and device, so that it always holds the current winners.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from typing import Any
 from .records import describe_run
 from .stages import Journal, Record, is_wanted, work_through
 
-# where the stage ``install`` puts the records of what is in the file
+# the stage ``install`` puts the records of the file's settings there
 RECORDS = "benchmarks/results/tune.jsonl"
 
 
@@ -26,7 +26,7 @@ class Case:
 
     @property
     def key(self) -> Record:
-        """What its records have in common."""
+        """The common fields of its records."""
         return {"case": f"tune {self.tuned.kernel}", "shape": self.tuned.label, "dtype": "bfloat16"}
 
 

@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 AREAS = [
-    "tokencache_kernels", "csrc", "cmake", "tests", "examples", "docs", "README.md",
+    "tokencache_kernels", "csrc", "cmake", "tests", "benchmarks", "examples", "docs", "README.md",
     "CONTRIBUTING.md", "CHANGELOG.md", "setup.py",
 ]  # fmt: skip
 FIRST_WORDS = re.compile(r"(What|How|Where|Of|Whether|Which|When)\b")

@@ -1,4 +1,4 @@
-"""What is timed: the shapes, and of each op family our calls and what they are compared with."""
+"""Timed cases: the shapes, and for each op family our calls and their baselines."""
 
 from . import attention, blend, linear, mlp, modulate, project, rows, select, statistics
 from .op import Inputs, Op, bind
@@ -15,7 +15,7 @@ from .shapes import (
 
 FAMILIES = (modulate, select, mlp, linear, project, statistics, rows, blend, attention)
 OPS = {op.name: op for family in FAMILIES for op in family.OPS}
-# what a partial step is made of, and what makes the scores of a full one
+# the ops of a partial step, and the scores of a full one
 KEY_OPS = tuple(
     OPS[name]
     for name in (

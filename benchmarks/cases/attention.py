@@ -1,4 +1,4 @@
-"""Fresh queries over all keys, and over a text with the entropies of what they attend to."""
+"""Fresh queries over all keys, and over a text with the entropies of its weights."""
 
 from tokencache_kernels import ops
 
@@ -37,7 +37,7 @@ OPS = (
         dense=published.dense_attention,
     ),
     Op(
-        # what a full step takes to have scores; all others but the first are without
+        # the price of scores in a full step; all others but the first are without
         "attention_with_received",
         _attention_with_received,
         published.attention_with_received,

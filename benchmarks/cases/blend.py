@@ -1,4 +1,4 @@
-"""The mix of cached and fresh features, and its gradients: what training adds."""
+"""The mix of cached and fresh features, and its gradients for training."""
 
 import torch
 

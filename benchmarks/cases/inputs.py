@@ -1,4 +1,4 @@
-"""Random inputs by name: what any timed function may ask for."""
+"""Random inputs by name, for any timed function."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -80,7 +80,7 @@ def make_inputs(
 
 
 def log_sum_exp(query: Tensor, key: Tensor) -> Tensor:
-    """What a forward of attention would hand out, (B, H, N) in float32."""
+    """Compute the log-sum-exp of an attention's forward, (B, H, N) in float32."""
     logits = (
         torch.einsum("qhe,khe->hqk", q.float(), k.float()) for q, k in zip(query, key, strict=True)
     )

@@ -1,4 +1,4 @@
-"""What a timed op is: our call, what it is compared with, and what it must at least do.
+"""A timed op: our call, its baselines, and its least bytes and products.
 
 A timed function names the inputs that it wants as its parameters, as a pytest test does.
 """
@@ -28,16 +28,16 @@ class Op:
 
     Attributes:
         name: of the case.
-        ours: takes a ``backend`` as well; returns what ``published`` returns, and perhaps more.
+        ours: takes a ``backend`` as well; returns the results of ``published``, and perhaps more.
         published: the published way, in eager PyTorch.
         count_bytes: of a shape and the size of an element: each input read once, each output
             written once.
         count_flops: of matrix products alone.
         fits: the shapes that it is timed at.
         backends: those of ours that it is timed on; ``auto`` only where it is more than one op.
-        op: what the backends call it; the case's name if not given.
-        eager: what the records call the published way.
-        others: what else a user could pick.
+        op: its name in the backends; the case's name if not given.
+        eager: the name of the paper's composition in records.
+        others: the other choices of a user.
         on_cuda: others, of which there is nothing on a CPU.
         dense: the same for all tokens.
         compiled: the baseline that ``torch.compile`` is given; the published way if not named.
@@ -61,11 +61,11 @@ class Op:
 
     @property
     def backend_op(self) -> str:
-        """What the backends call it."""
+        """The op's name in the backends."""
         return self.op or self.name
 
     def baselines(self, device_type: str) -> dict[str, Function]:
-        """What ours is compared with on such a device, the published way first."""
+        """List the baselines on such a device, the paper's composition first."""
         on_cuda = self.on_cuda if device_type == "cuda" else {}
         dense = {} if self.dense is None else {"dense": self.dense}
         return {self.eager: self.published, **self.others, **on_cuda, **dense}
@@ -79,7 +79,7 @@ class Op:
         return make_inputs(names, shape, dtype, device, seed)
 
     def num_sets(self, shape: Shape, dtype: torch.dtype) -> int:
-        """How many sets of inputs to rotate over."""
+        """Count the sets of inputs to rotate over."""
         num_bytes = self.count_bytes(shape, dtype.itemsize)
         return min(max(ceil(COLD_BYTES / num_bytes), 2), self.max_sets)
 

@@ -12,7 +12,7 @@ def _select(scores, staleness, num_fresh, staleness_weight, grid, backend):
         scores, staleness, num_fresh, staleness_weight=staleness_weight, grid=grid,
         bonus=published.BONUS, backend=backend,
     )  # fmt: skip
-    # what was selected shows here, in whatever order
+    # the selection shows here, in whatever order
     return staleness
 
 

@@ -17,7 +17,7 @@ class Shape:
         M: of the MLP's hidden layer.
         L: layers that one selection is for.
         T: tokens of the text, where the model attends to it by itself.
-        extra: what fc2 reads beside the hidden channels, in the single blocks of FLUX.
+        extra: the further inputs of fc2 beside the hidden channels, in the single blocks of FLUX.
     """
 
     name: str
@@ -32,12 +32,14 @@ class Shape:
 
     @property
     def head_dim(self) -> int:
-        """Of DiT, and of FLUX and the video models; the last is for the tiny layer."""
+        """The heads' width of DiT, and of FLUX and the video models; the last is for the tiny
+        layer.
+        """
         return next(head_dim for head_dim in (72, 128, 8) if self.D % head_dim == 0)
 
     @property
     def heads(self) -> int:
-        """How many heads the channels are."""
+        """The number of heads."""
         return self.D // self.head_dim
 
     @property
@@ -77,7 +79,7 @@ LEADING = SHAPES[:4]
 # of these in other shares, that of the fresh tokens alone is another
 RATIOS = tuple(shape.at(percent) for percent in (10, 30, 50) for shape in LEADING)
 
-# what a processor is asked: DiT-XL/2, few fresh tokens and many
+# the shapes for a processor: DiT-XL/2, few fresh tokens and many
 CPU_SHAPES = (
     Shape("dit-xl-256px-2-64", 2, 256, 64, 1152, 4608, L=28),
     Shape("dit-xl-256px-2-26", 2, 256, 26, 1152, 4608, L=28),

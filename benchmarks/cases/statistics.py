@@ -1,4 +1,4 @@
-"""What says which tokens matter: attention received, its entropy, norms, change."""
+"""Scores of tokens: attention received, its entropy, norms, change."""
 
 from tokencache_kernels import ops
 

@@ -19,7 +19,9 @@ def options(tmp_path):
 @pytest.mark.parametrize("call", LEASES)
 def test_the_steps_of_a_call_fit_its_time(call):
     assert sum(step.budget for step in LEASES[call]) <= SECONDS[call] <= 600
-    assert all(step.stage in (*gpu.STAGES, *gpu.EXTRA_STAGES, "sanitize") for step in LEASES[call])
+    assert all(
+        step.stage in (*gpu.STAGES, *gpu.EXTRA_STAGES, "test", "sanitize") for step in LEASES[call]
+    )
 
 
 def test_the_first_two_calls_take_at_most_six_minutes_each():
@@ -35,7 +37,17 @@ def test_a_step_is_a_call_of_the_run_book(options):
     assert command[:5] == [sys.executable, "-m", "benchmarks.gpu", "--stage", "layers"]
     assert command[command.index("--budget") + 1] == "58"
     assert command[command.index("--only") + 1] == "dit,flux"
-    assert {"--no-compiled", "--no-trace"} <= {*command}
+    assert {"--no-compiled", "--no-tuning"} <= {*command}
+
+
+def test_a_step_of_tests_is_a_call_of_pytest_with_a_report(options):
+    options.rehearse = False
+
+    command = command_of(Step("test", 100, "ops/test_rows,ops/test_select"), 90.0, options)
+
+    assert command[:5] == ["timeout", "90", sys.executable, "-m", "pytest"]
+    assert command[-3].startswith("--junitxml=")
+    assert command[-2:] == ["tests/ops/test_rows.py", "tests/ops/test_select.py"]
 
 
 def test_a_step_that_fails_or_takes_all_its_time_leaves_the_others_theirs(
