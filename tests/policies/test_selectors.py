@@ -100,36 +100,6 @@ def test_entropy_that_is_not_shared_is_chosen_per_sample():
     assert torch.equal(indices, select(ScoreSelector(), scores, fresh_staleness())[0])
 
 
-@pytest.mark.parametrize(
-    "selector",
-    [
-        ScoreSelector(staleness_weight=0.1),
-        ScoreSelector("attention_entropy", staleness_weight=0.1, shares_guidance=True),
-        ScoreSelector("none", staleness_weight=0.1),
-        ScoreSelector(bonus=0.6),
-        RandomSelector(seed=3),
-        RandomSelector(seed=3, shares_guidance=False),
-    ],
-    ids=repr,
-)
-def test_a_cycle_equals_its_steps_in_turn(selector):
-    scores, num_fresh = distinct_scores(2, 2, 12), torch.tensor([[4, 2], [0, 5], [3, 3]]).int()
-    steps = [Step(index, 8) for index in (3, 4, 5)]
-    at_once, in_turn = fresh_staleness(), fresh_staleness()
-
-    indices, positions = selector.select_cycle_(
-        scores, at_once, num_fresh, 5, sites=SITES, steps=steps, grid=(3, 4)
-    )
-
-    for place, step in enumerate(steps):
-        one, one_positions = selector.select_(
-            scores, in_turn, num_fresh[place], 5, sites=SITES, step=step, grid=(3, 4)
-        )
-        assert torch.equal(indices[place], one)
-        assert torch.equal(positions[place], one_positions)
-    assert torch.equal(at_once, in_turn)
-
-
 def test_staleness_grows_also_when_nothing_is_selected():
     staleness = fresh_staleness()
 

@@ -5,7 +5,6 @@ from hypothesis import strategies as st
 from tokencache_kernels.policies import (
     Action,
     Decision,
-    IntervalSchedule,
     RandomSelector,
     ScoreSelector,
     Site,
@@ -111,30 +110,6 @@ def test_presets_select_as_published(name, steps, base_score, tile, bonus, share
 
 def test_a_preset_with_a_seed_draws_its_tokens():
     assert ToCaConfig.preset("flux-1-dev", seed=4).selector == RandomSelector(4)
-
-
-def test_a_cycle_ends_before_the_next_full_step():
-    policy = ToCaConfig.preset("opensora")
-    sites = [Site("spatial", 0, "mlp"), Site("spatial", 0, "cross")]
-
-    assert policy.plan_cycle(sites, Step(3, 30), 23850) == ((3565, 0), (3565, 0))
-    assert policy.plan_cycle(sites, Step(2, 30), 23850) == ()
-    assert policy.plan_cycle(sites, Step(27, 30), 23850) == ((3565, 0), (3565, 0))
-
-
-@given(total=st.integers(1, 60), interval=st.integers(1, 9))
-def test_the_cycles_and_the_full_steps_are_the_whole_run(total, interval):
-    policy = ToCaConfig(
-        IntervalSchedule(interval, warmup=2), ToCaConfig.constant(0.5, 2, 1).router,
-        RandomSelector(), total,
-    )  # fmt: skip
-    counts = []
-    for index, decision in enumerate(decisions(policy)):
-        if decision.action is Action.FULL:
-            counts.append(256)
-            counts += [count for (count,) in policy.plan_cycle([MLP], Step(index, total), 256)]
-
-    assert counts == [decision.num_fresh for decision in decisions(policy)]
 
 
 @pytest.mark.parametrize(

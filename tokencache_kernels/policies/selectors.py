@@ -23,9 +23,8 @@ Grid = tuple[int, int]
 class Selector(Protocol):
     """Chooses the fresh tokens of L sites at once.
 
-    Shapes: ``scores`` and ``staleness`` (L, B, N), ``num_fresh`` (L,) or, for a cycle of P steps,
-    (P, L), int32 on the device. Results: ascending ``indices`` (L, B, S) and ``positions`` (L, B,
-    N), or (P, L, B, S) and (P, L, B, N). ``staleness`` is updated in place.
+    Shapes: ``scores`` and ``staleness`` (L, B, N), ``num_fresh`` (L,) int32 on the device. Results:
+    ascending ``indices`` (L, B, S) and ``positions`` (L, B, N). ``staleness`` is updated in place.
     """
 
     @property
@@ -60,20 +59,6 @@ class Selector(Protocol):
         backend: str = "auto",
     ) -> tuple[Tensor, Tensor]:
         """Choose the fresh tokens of one partial step."""
-
-    def select_cycle_(
-        self,
-        scores: Tensor | None,
-        staleness: Tensor,
-        num_fresh: Tensor,
-        max_fresh: int,
-        *,
-        sites: Sequence[Site],
-        steps: Sequence[Step],
-        grid: Grid | None = None,
-        backend: str = "auto",
-    ) -> tuple[Tensor, Tensor]:
-        """Choose the fresh tokens of the partial steps of a cycle, whose scores do not change."""
 
 
 @dataclass(frozen=True)
@@ -122,25 +107,6 @@ class ScoreSelector:
         """Choose the fresh tokens of one partial step; see ``Selector``."""
         return ops.select_tokens_(
             self._base(scores, staleness), staleness, max_fresh, num_fresh=num_fresh,
-            staleness_weight=self.staleness_weight, normalize=self.normalize,
-            grid=self._grid(grid), tile=self.tile, bonus=self.bonus, backend=backend,
-        )  # fmt: skip
-
-    def select_cycle_(
-        self,
-        scores: Tensor | None,
-        staleness: Tensor,
-        num_fresh: Tensor,
-        max_fresh: int,
-        *,
-        sites: Sequence[Site],
-        steps: Sequence[Step],
-        grid: Grid | None = None,
-        backend: str = "auto",
-    ) -> tuple[Tensor, Tensor]:
-        """Choose the fresh tokens of a cycle, in one launch; see ``Selector``."""
-        return ops.select_cycle_(
-            self._base(scores, staleness), staleness, num_fresh, max_fresh,
             staleness_weight=self.staleness_weight, normalize=self.normalize,
             grid=self._grid(grid), tile=self.tile, bonus=self.bonus, backend=backend,
         )  # fmt: skip
@@ -227,29 +193,6 @@ class RandomSelector:
         return DRAWN.select_(
             drawn, staleness, num_fresh, max_fresh, sites=sites, step=step, backend=backend
         )
-
-    def select_cycle_(
-        self,
-        scores: Tensor | None,
-        staleness: Tensor,
-        num_fresh: Tensor,
-        max_fresh: int,
-        *,
-        sites: Sequence[Site],
-        steps: Sequence[Step],
-        grid: Grid | None = None,
-        backend: str = "auto",
-    ) -> tuple[Tensor, Tensor]:
-        """Draw the fresh tokens of a cycle, step by step; see ``Selector``."""
-        selections = [
-            self.select_(
-                None, staleness, num_fresh[place], max_fresh, sites=sites, step=step,
-                backend=backend,
-            )
-            for place, step in enumerate(steps)
-        ]  # fmt: skip
-        indices, positions = zip(*selections, strict=True)
-        return torch.stack(indices), torch.stack(positions)
 
     def draw_scores(self, sites: Sequence[Site], step: Step, staleness: Tensor) -> Tensor:
         """Uniform scores of the shape of ``staleness``, on its device."""

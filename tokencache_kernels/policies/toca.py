@@ -1,6 +1,6 @@
 """ToCa (arXiv:2410.05317), and its variants: FORA, random tokens."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -141,22 +141,6 @@ class ToCaConfig:
             return Decision(Action.FULL, num_tokens)
         num_fresh = count_fresh(self.router.fresh_ratio(site, step), num_tokens)
         return Decision(Action.PARTIAL if num_fresh else Action.REUSE, num_fresh)
-
-    def plan_cycle(
-        self, sites: Sequence[Site], step: Step, num_tokens: int
-    ) -> tuple[tuple[int, ...], ...]:
-        """Count the tokens that each site recomputes in each step after ``step``, up to a full one.
-
-        The result has the shape (P, L) of ``ops.select_cycle_``; a step that is full at any of the
-        sites ends the cycle.
-        """
-        counts = []
-        for index in range(step.index + 1, step.total):
-            decisions = [self.decide(site, Step(index, step.total), num_tokens) for site in sites]
-            if any(decision.action is Action.FULL for decision in decisions):
-                break
-            counts.append(tuple(decision.num_fresh for decision in decisions))
-        return tuple(counts)
 
 
 def fora(
