@@ -20,7 +20,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokencache_kernels import backends, ops
-from tokencache_kernels.blocks import Mlp, MlpLayer, Modulation, ParallelLayer, ResidualStream
+from tokencache_kernels.blocks import (
+    Layers,
+    Mlp,
+    MlpLayer,
+    Modulation,
+    ParallelLayer,
+    ResidualStream,
+)
 from tokencache_kernels.policies import Site
 
 from . import published
@@ -195,15 +202,14 @@ def make_sub_layer(
     """Build the block's part that recomputes the fresh tokens; a fused one never calls a module."""
     site, modulation = (
         Site("main", 0, "mlp"),
-        Modulation(layer.shift, layer.scale, published.EPS),
+        Modulation(layer.shift, layer.scale, ops.RowNorm(eps=published.EPS)),
     )
+    layers = Layers(*linears, "gelu_tanh")
     if layer.attended is None:
-        mlp = Mlp(nn.Identity(), *linears, "gelu_tanh")
-        return MlpLayer(site, layer.gate, modulation, mlp, backend)
+        return MlpLayer(site, layer.gate, modulation, Mlp(nn.Identity(), layers), backend)
     return ParallelLayer(
-        site, layer.gate, modulation, lambda: layer.attended, nn.Identity(), *linears, "gelu_tanh",
-        backend,
-    )  # fmt: skip
+        site, layer.gate, modulation, lambda: layer.attended, nn.Identity(), layers, backend
+    )
 
 
 # the alternatives of a user

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
+from tokencache_kernels import ops
 from tokencache_kernels.blocks import ResidualStream, Runner, run_sub_layer
 from tokencache_kernels.policies import (
     FactorRouter,
@@ -30,6 +31,7 @@ class Polynomial:
     degree: int
     gate: torch.Tensor | None
     site: Site = SITE
+    post_norm: ops.RowNorm | None = None
 
     def compute(self, stream):
         return sum(randn(B, N, D, seed=i) * self.step**i for i in range(self.degree + 1))
@@ -39,14 +41,14 @@ class Polynomial:
             cache[sample, tokens] = self.compute(stream)[sample, tokens]
 
 
-def run(policy, degree, gate):
+def run(policy, degree, gate, norm=None):
     """The term that the branch adds to a stream of zeros in every step."""
     runner = Runner(policy, "reference")
     added = []
     for step in range(policy.num_inference_steps):
         runner.begin_step([LayerGroup((SITE,), N)], B, torch.device("cpu"))
         stream = ResidualStream(torch.zeros(B, N, D), "reference")
-        run_sub_layer(stream, runner, Polynomial(step, degree, gate))
+        run_sub_layer(stream, runner, Polynomial(step, degree, gate, post_norm=norm))
         added.append(stream.flush())
         runner.end_step()
     return torch.stack(added)
@@ -98,3 +100,11 @@ def test_what_is_recomputed_is_not_forecast():
         for tokens, at in zip((slice(0, 3), slice(3, 6)), computed_at, strict=True):
             wanted = (start + at * slope)[:, tokens]
             torch.testing.assert_close(out[step][:, tokens], wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_a_norm_is_of_what_is_foretold():
+    norm, gate = ops.RowNorm("rms", randn(D, seed=7)), randn(B, D, seed=9)
+
+    out = run(taylor_seer(4, 12, 1), 1, gate, norm)
+
+    torch.testing.assert_close(out, run(taylor_seer(1, 12), 1, gate, norm), rtol=1e-5, atol=1e-4)

@@ -10,6 +10,7 @@ from torch import nn
 from tokencache_kernels import backends, ops
 from tokencache_kernels.blocks import (
     JointAttention,
+    Layers,
     Modulation,
     ParallelLayer,
     ResidualStream,
@@ -36,9 +37,10 @@ def make_layer(device, is_fused, dtype=torch.float32, backend="auto"):
 
     attended = randn(B, N, D, seed=5, device=device, dtype=dtype)
     layer = ParallelLayer(
-        TOTAL, gate, Modulation(shift, scale, 1e-6), lambda: attended, compute, backend=backend
+        TOTAL, gate, Modulation(shift, scale), lambda: attended, compute, backend=backend
     )  # fmt: skip
-    return replace(layer, fc1=expand, fc2=project, activation="gelu_tanh") if is_fused else layer
+    layers = Layers(expand, project, "gelu_tanh")
+    return replace(layer, layers=layers) if is_fused else layer
 
 
 def recompute(layer, device, indices):
@@ -59,8 +61,8 @@ def test_fresh_rows_are_recomputed_from_their_cached_attention_and_no_others(dev
 
     cache, x = recompute(layer, device, indices)
 
-    shift, scale, eps = layer.modulation
-    rows = F.layer_norm(x, (D,), eps=eps) * (1 + scale[:, None]) + shift[:, None]
+    shift, scale, norm = layer.modulation
+    rows = F.layer_norm(x, (D,), eps=norm.eps) * (1 + scale[:, None]) + shift[:, None]
     is_fresh = ops.invert_indices(indices, N)[..., None] >= 0
     stale = randn(B, N, D, seed=8, device=device)
     wanted = torch.where(is_fresh, layer.module(rows, layer.attend()), stale)
@@ -97,7 +99,7 @@ def test_no_launch_but_three(device):
 def test_image_and_text_share_a_decision_and_have_a_feature_each(device):
     image, text = randn(B, N, D, device=device), randn(B, T, D, device=device)
     gates = randn(B, D, seed=1, device=device), randn(B, D, seed=2, device=device)
-    zero = Modulation(torch.zeros_like(gates[0]), torch.zeros_like(gates[0]), 1e-6)
+    zero = Modulation(torch.zeros_like(gates[0]), torch.zeros_like(gates[0]))
     calls = []
 
     def attend(image, text):

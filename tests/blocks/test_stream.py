@@ -1,6 +1,7 @@
 """The residual stream adds pending branches late, and leaves the caller's tensor alone."""
 
 import torch
+import torch.nn.functional as F
 
 from tokencache_kernels import ops
 from tokencache_kernels.blocks import Modulation, ResidualStream
@@ -33,7 +34,7 @@ def test_taken_rows_see_what_was_pending_and_the_stream_goes_on(device):
     stream = ResidualStream(x)
 
     stream.add(first, None)
-    packed = stream.take_rows(indices, positions, Modulation(shift, scale, 1e-6))
+    packed = stream.take_rows(indices, positions, Modulation(shift, scale))
     kept = stream.hidden_states
     stream.add(second, None)
     out = stream.flush()
@@ -49,3 +50,30 @@ def test_a_flush_of_nothing_returns_the_input():
     x = randn(B, N, D)
 
     assert ResidualStream(x).flush() is x
+
+
+def test_a_branch_is_normalised_before_its_gate(device):
+    x, branch = randn(B, N, D, device=device), randn(B, N, D, seed=1, device=device)
+    gate, weight = randn(B, D, seed=2, device=device), randn(D, seed=3, device=device)
+    stream = ResidualStream(x)
+
+    stream.add(branch, gate, ops.RowNorm("rms", weight, eps=1e-5))
+    stream.add(branch, None)
+
+    wanted = x + gate[:, None] * F.rms_norm(branch, (D,), weight, 1e-5) + branch
+    torch.testing.assert_close(stream.flush(), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_what_is_pending_keeps_the_numbers_that_it_was_given(device):
+    x, branch = randn(B, N, D, device=device), randn(B, N, D, seed=1, device=device)
+    kinds, tokens = randn(B, 2, D, seed=2, device=device), randn(B, N, D, seed=3, device=device)
+    numbers = (torch.arange(N, device=device) % 2).int().expand(B, N).contiguous()
+    stream = ResidualStream(x)
+
+    stream.number_vectors(numbers)
+    stream.add(branch, kinds)
+    stream.number_vectors(None)
+    stream.add(branch, tokens)
+
+    wanted = x + kinds[:, numbers[0].long()] * branch + tokens * branch
+    torch.testing.assert_close(stream.flush(), wanted, rtol=1e-5, atol=1e-5)

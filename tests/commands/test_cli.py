@@ -64,5 +64,6 @@ def test_models_are_listed_with_their_tiers(capsys):
 
     out = capsys.readouterr().out
     assert "WanTransformer3DModel\n  blocks: attn1, attn2, ffn; fused" in out
-    assert "layers: attention, feed_forward; as is: the norm before attention" in out
+    assert "layers: attention, feed_forward; fused" in out
+    assert "transformer_blocks: attn1, ff; as is: the norm before attn1 is not described" in out
     assert "SanaTransformer2DModel: not supported" in out

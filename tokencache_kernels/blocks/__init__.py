@@ -13,7 +13,7 @@ from .graphs import (
     refuse,
 )
 from .joint import JointAttention, remember_joint_attention, text_feature
-from .mlp import Mlp
+from .mlp import Layers, Mlp, Product
 from .parallel import ParallelLayer
 from .runner import Runner
 from .stream import Modulation, ResidualStream
@@ -33,10 +33,12 @@ __all__ = [
     "CudaCapture",
     "GraphCounts",
     "JointAttention",
+    "Layers",
     "Mlp",
     "MlpLayer",
     "Modulation",
     "ParallelLayer",
+    "Product",
     "ResidualStream",
     "Runner",
     "SelfAttention",

@@ -47,6 +47,7 @@ class CrossAttentionLayer:
     softmax_scale: float
     backend: str = "auto"
     gate: None = field(default=None, init=False)
+    post_norm: None = field(default=None, init=False)
 
     def compute(self, stream: ResidualStream) -> Tensor:
         """All tokens; see ``SubLayer``."""

@@ -3,10 +3,12 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import ops
+from ..ops import RowNorm
 from ..policies import Site
+from .mlp import Layers
 from .stream import Modulation, ResidualStream
 
 
@@ -22,9 +24,9 @@ class ParallelLayer:
         attend: gives the attention's output (B, N, D) before the projection; it is not called if
             the layer is reused.
         module: the model's own layers: packed rows of the norm and of the attention to the output.
-        fc1: the first layer, where the fused path may be taken, else None.
-        fc2: the second layer, likewise.
-        activation: the activation between them, as ``ops.linear`` names it.
+        layers: its layers, where the fused path may be taken, else None.
+        backend: the backend of all ops.
+        post_norm: see ``SubLayer``.
     """
 
     site: Site
@@ -32,10 +34,9 @@ class ParallelLayer:
     modulation: Modulation
     attend: Callable[[], Tensor]
     module: Callable[[Tensor, Tensor], Tensor]
-    fc1: nn.Linear | None = None
-    fc2: nn.Linear | None = None
-    activation: str = "none"
+    layers: Layers | None = None
     backend: str = "auto"
+    post_norm: RowNorm | None = None
 
     def compute(self, stream: ResidualStream) -> Tensor:
         """All tokens; see ``SubLayer``."""
@@ -47,16 +48,11 @@ class ParallelLayer:
         """The tokens at ``indices``, in three launches; see ``SubLayer``."""
         packed = stream.take_rows(indices, positions, self.modulation)
         backend = self.backend
-        if self.fc1 is None or self.fc2 is None:
+        if self.layers is None:
             attended = ops.gather_rows(self.attend(), indices, backend=backend)
             rows = self.module(packed, attended)
             ops.scatter_rows_(cache, indices, rows, backend=backend)
             return
-        fc1, fc2 = self.fc1, self.fc2
-        hidden = ops.linear(
-            packed, fc1.weight, fc1.bias, activation=self.activation, backend=backend
-        )
+        hidden = self.layers.expand(packed, backend=backend)
         # one product over both, as in a full step: two would round their sum in between
-        ops.linear_scatter_(
-            cache, indices, hidden, fc2.weight, fc2.bias, features=self.attend(), backend=backend
-        )
+        self.layers.store_(cache, indices, hidden, self.attend(), backend)

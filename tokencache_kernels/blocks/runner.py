@@ -225,11 +225,6 @@ class Runner:
         return self._last_index
 
     @property
-    def is_in_step(self) -> bool:
-        """Tell whether a step has begun that has not ended."""
-        return self._place is not None
-
-    @property
     def begins(self) -> bool:
         """Tell whether a run begins with the step that has been placed."""
         return self._place is not None and self._place.begins

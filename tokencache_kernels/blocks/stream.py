@@ -1,6 +1,6 @@
 """The residual stream of one step, with the gated branches that have not been added to it yet."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,11 +9,18 @@ from .. import ops
 
 
 class Modulation(NamedTuple):
-    """A layer norm without weights, then ``y * (1 + scale) + shift``; both (B, D)."""
+    """The norm of a row, then ``y * (1 + scale) + shift``.
 
-    shift: Tensor
-    scale: Tensor
-    eps: float
+    Attributes:
+        shift: (B, D), one of each sample, or (B, N, D), one of each token, or (B, K, D) in a stream
+            that numbers its vectors; None: 0.
+        scale: likewise.
+        norm: of the row; none, layer or root mean square.
+    """
+
+    shift: Tensor | None
+    scale: Tensor | None
+    norm: ops.RowNorm = ops.RowNorm()
 
 
 class ResidualStream:
@@ -29,6 +36,8 @@ class ResidualStream:
         self._is_ours = self._hidden_states is not hidden_states
         self._branches: list[Tensor] = []
         self._gates: list[Tensor | None] = []
+        self._norms: list[ops.RowNorm | None] = []
+        self._vector_index: Tensor | None = None
         self._backend = backend
 
     @property
@@ -36,10 +45,29 @@ class ResidualStream:
         """(B, N, D), without the pending branches."""
         return self._hidden_states
 
-    def add(self, branch: Tensor, gate: Tensor | None) -> None:
-        """Add ``gate * branch`` later; ``branch`` (B, N, D) must not change before that."""
+    def number_vectors(self, vector_index: Tensor | None) -> None:
+        """Let gates, shifts and scales of rank 3 be K vectors of each sample from here on.
+
+        Args:
+            vector_index: (B, N) int32, the vector that each token takes; None: they are one of each
+                token.
+        """
+        if vector_index is not self._vector_index:
+            # what is pending is numbered as it was
+            self.flush()
+            self._vector_index = vector_index
+
+    def add(self, branch: Tensor, gate: Tensor | None, norm: ops.RowNorm | None = None) -> None:
+        """Add ``gate * norm(branch)`` later.
+
+        Args:
+            branch: (B, N, D), must not change before that.
+            gate: see ``Modulation``; None: 1.
+            norm: of the branch, a root mean square; None: there is none.
+        """
         self._branches.append(branch)
         self._gates.append(gate)
+        self._norms.append(norm)
 
     def take_rows(self, indices: Tensor, positions: Tensor, modulation: Modulation) -> Tensor:
         """Add the pending branches and pack the selected rows, normalised and modulated: one
@@ -53,15 +81,15 @@ class ResidualStream:
         Returns:
             (B, S, D).
         """
-        shift, scale, eps = modulation
-        arguments = (self._branches, self._gates, indices, shift, scale)
+        shift, scale, norm = modulation
+        arguments = (self._hidden_states, self._branches, self._gates, indices, shift, scale)
         if self._is_ours:
             packed = ops.row_pass_(
-                self._hidden_states, *arguments, positions=positions, eps=eps, backend=self._backend
+                *arguments, norm=norm, positions=positions, **self._pending_options
             )
         else:
             self._hidden_states, packed = ops.row_pass(
-                self._hidden_states, *arguments, positions=positions, eps=eps, backend=self._backend
+                *arguments, norm=norm, positions=positions, **self._pending_options
             )
         self._clear()
         return packed
@@ -80,14 +108,11 @@ class ResidualStream:
     def flush(self) -> Tensor:
         """Add the pending branches and return the hidden states."""
         if self._branches:
+            arguments = (self._hidden_states, self._branches, self._gates)
             if self._is_ours:
-                ops.add_branches_(
-                    self._hidden_states, self._branches, self._gates, backend=self._backend
-                )
+                ops.add_branches_(*arguments, **self._pending_options)
             else:
-                self._hidden_states = ops.add_branches(
-                    self._hidden_states, self._branches, self._gates, backend=self._backend
-                )
+                self._hidden_states = ops.add_branches(*arguments, **self._pending_options)
             self._clear()
         return self._hidden_states
 
@@ -106,6 +131,14 @@ class ResidualStream:
         self._hidden_states = self.flush().clip(-limit, limit)
         self._is_ours = True
 
+    @property
+    def _pending_options(self) -> dict[str, Any]:
+        return {
+            "branch_norms": self._norms if any(self._norms) else (),
+            "vector_index": self._vector_index,
+            "backend": self._backend,
+        }
+
     def _clear(self) -> None:
         self._is_ours = True
-        self._branches, self._gates = [], []
+        self._branches, self._gates, self._norms = [], [], []

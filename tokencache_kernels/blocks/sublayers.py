@@ -16,9 +16,9 @@ from .stream import Modulation, ResidualStream
 
 
 class SubLayer(Protocol):
-    """One branch of a block: ``x += gate * branch(x)``, with the gate (B, D) of the current step.
+    """One branch of a block: ``x += gate * norm(branch(x))``, with the gate of the current step.
 
-    Its output is cached after the output projection and before the gate.
+    Its output is cached after the output projection, before the norm and the gate.
     """
 
     @property
@@ -27,7 +27,11 @@ class SubLayer(Protocol):
 
     @property
     def gate(self) -> Tensor | None:
-        """(B, D), or None for 1."""
+        """(B, D), or of another grain, see ``Modulation``; None for 1."""
+
+    @property
+    def post_norm(self) -> ops.RowNorm | None:
+        """The norm of its output, a root mean square; None: there is none."""
 
     def compute(self, stream: ResidualStream) -> Tensor:
         """The branch's output (B, N, D) for all tokens of the stream."""
@@ -40,27 +44,35 @@ class SubLayer(Protocol):
 
 def run_sub_layer(stream: ResidualStream, runner: Runner, sub_layer: SubLayer) -> None:
     """Follow the policy at this site; the gated output becomes a branch of the stream."""
-    stream.add(bring_up_to_date(stream, runner, sub_layer), sub_layer.gate)
-    if runner.action(sub_layer.site) is not Action.FULL:
-        add_forecast(stream, runner, sub_layer.site, sub_layer.gate)
+    output = bring_up_to_date(stream, runner, sub_layer)
+    add_output(stream, runner, sub_layer.site, output, sub_layer.gate, sub_layer.post_norm)
 
 
-def add_forecast(
+def add_output(
     stream: ResidualStream,
     runner: Runner,
     site: Site,
+    output: Tensor,
     gate: Tensor | None,
+    norm: ops.RowNorm | None = None,
     feature: Site | None = None,
 ) -> None:
-    """Add the forecast change of a cached output since it was stored.
+    """Add a site's output, and the forecast change of a cached one since it was stored.
 
     ``feature`` names one of several outputs of a site; see ``Runner.remember``.
     """
-    for difference, factor in runner.differences(site, feature):
-        B, _, D = difference.shape
-        stream.add(
-            difference, difference.new_full((B, D), factor) if gate is None else gate * factor
-        )
+    differences: list[tuple[Tensor, float]] = []
+    if runner.action(site) is not Action.FULL:
+        differences = runner.differences(site, feature)
+    B, _, D = output.shape
+    if norm is not None and differences:
+        # the norm is of their sum
+        changes, factors = zip(*differences, strict=True)
+        gates = [output.new_full((B, D), factor) for factor in factors]
+        output, differences = ops.add_branches(output, changes, gates, backend=runner.backend), []
+    stream.add(output, gate, norm)
+    for difference, factor in differences:
+        stream.add(difference, output.new_full((B, D), factor) if gate is None else gate * factor)
 
 
 def bring_up_to_date(stream: ResidualStream, runner: Runner, sub_layer: SubLayer) -> Tensor:
@@ -95,6 +107,7 @@ class MlpLayer:
     modulation: Modulation
     mlp: Mlp
     backend: str = "auto"
+    post_norm: ops.RowNorm | None = None
 
     def compute(self, stream: ResidualStream) -> Tensor:
         """All tokens; see ``SubLayer``."""
@@ -116,6 +129,7 @@ class WholeLayer:
     gate: Tensor | None
     modulation: Modulation
     module: Callable[[Tensor], Tensor]
+    post_norm: ops.RowNorm | None = None
 
     def compute(self, stream: ResidualStream) -> Tensor:
         """All tokens; see ``SubLayer``."""
@@ -140,6 +154,7 @@ class SelfAttentionLayer:
         attention: recomputes some tokens.
         runner: decides the keys of fresh queries, and keeps keys and values if these are cached
             ones.
+        post_norm: see ``SubLayer``.
 
     Source:
         TokenCache (arXiv:2409.18523); see ``SelfAttention`` for the variants.
@@ -151,6 +166,7 @@ class SelfAttentionLayer:
     module: Callable[[Tensor], Tensor]
     attention: SelfAttention
     runner: Runner
+    post_norm: ops.RowNorm | None = None
 
     def compute(self, stream: ResidualStream) -> Tensor:
         """All tokens; see ``SubLayer``."""

@@ -2,7 +2,7 @@
 
 import argparse
 
-from ..models import SPECS, UNSUPPORTED, CrossAttention, JointAttention, Parallel, Stack
+from ..models import SPECS, UNSUPPORTED, Parallel, find_refusal
 from ..models.spec import Part
 
 
@@ -23,19 +23,6 @@ def run(options: argparse.Namespace) -> int:
         print(f"{name}: not supported, {reason}")
     print("A block that is fused runs as it is where something is put around its modules.")
     return 0
-
-
-def find_refusal(stack: Stack) -> str | None:
-    """Say why the description keeps the blocks of a stack from being fused; None if it does not."""
-    for part in stack.parts:
-        if isinstance(part, Parallel) and part.gives_pair:
-            return "its attention takes image and text apart"
-        branches = (part.image, part.text) if isinstance(part, JointAttention) else (part,)
-        for branch in branches:
-            is_bare = isinstance(branch, CrossAttention) and branch.is_plain
-            if branch.norm is None and not is_bare:
-                return f"the norm before {_name(part)} is not described"
-    return None
 
 
 def _name(part: Part) -> str:

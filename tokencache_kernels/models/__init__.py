@@ -10,6 +10,7 @@ from .sd3 import SD3
 from .spec import (
     FEED_FORWARD,
     JOINT,
+    NO_NORM,
     Branch,
     CrossAttention,
     Grid,
@@ -23,6 +24,7 @@ from .spec import (
     SelfAttention,
     Stack,
     Vectors,
+    find_refusal,
 )
 from .wan import WAN
 
@@ -42,6 +44,7 @@ UNSUPPORTED: dict[str, str] = {
 __all__ = [
     "FEED_FORWARD",
     "JOINT",
+    "NO_NORM",
     "SPECS",
     "UNSUPPORTED",
     "Branch",
@@ -57,4 +60,5 @@ __all__ = [
     "SelfAttention",
     "Stack",
     "Vectors",
+    "find_refusal",
 ]

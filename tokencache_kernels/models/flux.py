@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from ._joint import joint_parts
 from .spec import (
+    Layers,
     Mlp,
     ModelSpec,
     Modulation,
@@ -74,6 +75,8 @@ CHROMA = ModelSpec(
     embedders=("distilled_guidance_layer",),
 )
 
+_SWIGLU = Layers("linear_in", "linear_out", "silu", glu="gate_first")
+
 # its parallel blocks have one product for queries, keys, values and MLP: reused as a whole
 FLUX2 = ModelSpec(
     transformer="Flux2Transformer2DModel",
@@ -81,7 +84,7 @@ FLUX2 = ModelSpec(
         replace(
             _DOUBLE,
             parts=tuple(
-                replace(part, layers=None) if isinstance(part, Mlp) else part
+                replace(part, layers=_SWIGLU) if isinstance(part, Mlp) else part
                 for part in joint_parts(passes=_PASSES, norms=("norm1", "norm1_context"))
             ),
             vectors=(

@@ -27,6 +27,10 @@ HUNYUAN_VIDEO = ModelSpec(
                 Parallel(
                     norm=Norm("norm.norm"),
                     modulation=Modulation("joint", 0, 1, 2),
+                    passes={
+                        "attention_mask": "attention_mask",
+                        "image_rotary_emb": "image_rotary_emb",
+                    },
                     gives_pair=True,
                 ),
             ),

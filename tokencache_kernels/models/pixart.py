@@ -1,6 +1,7 @@
 """PixArt-alpha (arXiv:2310.00426) and -Sigma: one stream, with cross-attention to a text."""
 
 from .spec import (
+    NO_NORM,
     CrossAttention,
     Grid,
     Mlp,
@@ -24,7 +25,7 @@ PIXART = ModelSpec(
                     modulation=Modulation("table", 0, 1, 2),
                     passes={"attention_mask": "attention_mask"},
                 ),
-                CrossAttention("attn2", mask="encoder_attention_mask", is_plain=True),
+                CrossAttention("attn2", norm=NO_NORM, mask="encoder_attention_mask", is_plain=True),
                 Mlp("ff", norm=Norm("norm2"), modulation=Modulation("table", 3, 4, 5)),
             ),
             vectors=(Vectors("table", "table", "scale_shift_table", argument="timestep"),),

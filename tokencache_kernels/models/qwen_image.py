@@ -20,7 +20,11 @@ QWEN_IMAGE = ModelSpec(
             stream="double",
             streams=("hidden_states", "encoder_hidden_states"),
             returns=("encoder_hidden_states", "hidden_states"),
-            vectors=(Vectors("image", "call", "img_mod"), Vectors("text", "call", "txt_mod")),
+            vectors=(
+                # editing: tokens of the picture that is edited have vectors of their own
+                Vectors("image", "call", "img_mod", index="modulate_index"),
+                Vectors("text", "call", "txt_mod"),
+            ),
             clips_float16=("encoder_hidden_states", "hidden_states"),
         ),
     ),

@@ -18,18 +18,22 @@ class Norm:
 
     Attributes:
         module: its path in the block; weights and epsilon are read there.
-        kind: layer norm, or root mean square.
+        kind: layer norm, root mean square, or none: rows are taken as they are.
         plus_one: whether the factor is ``1 + weight``.
     """
 
     module: str
-    kind: Literal["layer", "rms"] = "layer"
+    kind: Literal["layer", "rms", "none"] = "layer"
     plus_one: bool = False
+
+
+# a branch whose rows are taken as they are; no norm at all is one that is not described
+NO_NORM = Norm("", "none")
 
 
 @dataclass(frozen=True)
 class Vectors:
-    """A source of adaLN vectors: ``count`` rows of D channels, one set for each sample.
+    """A source of adaLN vectors: ``count`` rows of D channels, of each sample or of each token.
 
     Attributes:
         name: the name that modulations use.
@@ -43,6 +47,9 @@ class Vectors:
         argument: the block's argument that holds the embedding.
         count: the number of rows.
         start: the first row; see ``argument``.
+        index: the block's argument that numbers the vectors: an integer for each token. The
+            embedding then holds all samples for number 0, then all for number 1, and so on; a
+            source of the same argument without an index takes those for number 0.
     """
 
     name: str
@@ -51,6 +58,7 @@ class Vectors:
     argument: str = "temb"
     count: int = 6
     start: int = 0
+    index: str = ""
 
 
 @dataclass(frozen=True)
@@ -69,32 +77,40 @@ class Layers:
     """The linear layers of an MLP, by their paths in it: ``fc2(activation(fc1(x)))``.
 
     Attributes:
-        fc1: the first layer; for a gated MLP either one layer that gives both halves, or two.
+        fc1: the first layer.
         fc2: the last layer.
-        activation: as ``ops.linear`` names it; None: read from diffusers' ``FeedForward``.
+        activation: as ``ops.linear`` names it; None: it and ``glu`` are read from the activations
+            of diffusers' ``FeedForward``.
+        gate: of a gated MLP with two first layers the one that takes the activation:
+            ``fc2(activation(gate(x)) * fc1(x))``.
+        glu: of a gated MLP with one first layer the half of its rows that does.
     """
 
-    fc1: tuple[str, ...]
+    fc1: str
     fc2: str
     activation: str | None = None
+    gate: str = ""
+    glu: Literal["gate_first", "gate_last"] | None = None
 
 
 # the stream of a module that is given the tokens of all streams, joined
 JOINT = "joint"
-FEED_FORWARD = Layers(("net.0.proj",), "net.2")
+FEED_FORWARD = Layers("net.0.proj", "net.2")
 
 
 @dataclass(frozen=True)
 class Branch:
-    """A module of a block whose output is added to a residual stream: ``x += gate * module(x)``.
+    """A module of a block whose output is added to a residual stream.
+
+    ``x += gate * post_norm(module(norm(x) * (1 + scale) + shift))``
 
     Attributes:
         module: its path in the block.
         name: the name of its site: ``attn``, ``cross``, ``mlp``, ``text_mlp``.
         stream: the block's argument that is its residual stream, or ``JOINT``.
-        norm: the norm before it, if it is described.
+        norm: the norm before it; None: it is not described, and the block is not fused.
         modulation: shift, scale and gate, if there are any.
-        post_norm: a norm of the output, before the gate.
+        post_norm: a norm of the output, before the gate; a root mean square.
         site_stream: the stream of its site, if not the stack's.
     """
 
@@ -125,12 +141,14 @@ class SelfAttention(Branch):
 
     Attributes:
         passes: the module's arguments, and the block's arguments that they are given.
+        also: further arguments of the module that are given its tokens.
         splits: whether some of its tokens may be recomputed by ``to_q``, ``to_k``, ``to_v`` and
             ``to_out``: there are no norms of queries and keys, and no rotary embedding.
     """
 
     name: str = "attn"
     passes: Mapping[str, str] = field(default_factory=dict)
+    also: tuple[str, ...] = ()
     splits: bool = False
 
 
@@ -186,6 +204,7 @@ class Parallel:
         fc2: the path of the layer that projects both.
         norm: the norm before both.
         modulation: shift, scale and gate.
+        post_norm: see ``Branch``.
         passes: see ``SelfAttention``.
         gives_pair: whether the attention takes and gives the image's tokens and the text's apart.
     """
@@ -196,6 +215,7 @@ class Parallel:
     fc2: str = "proj_out"
     norm: Norm | None = None
     modulation: Modulation | None = None
+    post_norm: Norm | None = None
     passes: Mapping[str, str] = field(default_factory=dict)
     gives_pair: bool = False
 
@@ -286,3 +306,36 @@ class ModelSpec:
         for stack in self.stacks:
             if not stack.parts:
                 fail("ModelSpec", f"stack {stack.path}", "have at least one part", "none")
+
+
+def find_refusal(stack: Stack) -> str | None:
+    """Say why a description keeps the blocks of a stack from being composed of sub-layers.
+
+    Returns:
+        None: it says everything that is needed.
+    """
+    sources = {source.name: source for source in stack.vectors}
+    numbered: dict[str, str] = {}
+    for part in stack.parts:
+        for branch in (part.image, part.text) if isinstance(part, JointAttention) else (part,):
+            name = branch.fc2 if isinstance(branch, Parallel) else branch.module
+            stream = stack.streams[0] if isinstance(branch, Parallel) else branch.stream
+            if branch.norm is None:
+                return f"the norm before {name} is not described"
+            if stream not in stack.streams:
+                return f"{name} is given the tokens of all streams"
+            post_norm = branch.post_norm
+            if post_norm is not None and post_norm.kind != "rms":
+                return f"the norm behind {name} is no root mean square"
+            modulation = branch.modulation
+            if modulation is None:
+                continue
+            source = sources.get(modulation.source)
+            if source is None:
+                return f"the vectors {modulation.source!r} of {name} are not described"
+            rows = (modulation.shift, modulation.scale, modulation.gate)
+            if any(row is not None and not 0 <= row < source.count for row in rows):
+                return f"the vectors {source.name!r} of {name} have {source.count} rows"
+            if numbered.setdefault(stream, source.index) != source.index:
+                return f"the vectors of {stream} are numbered in two ways"
+    return None

@@ -20,12 +20,10 @@ class Family:
     Attributes:
         build: makes a model.
         inputs: the arguments of a call, from the step, the prompt and the batch.
-        is_batched: whether a sample of a batch is that sample alone.
     """
 
     build: Callable[[], Any]
     inputs: Callable[[int, int, int], Inputs]
-    is_batched: bool = True
 
 
 def _tiny(name: str, seed: int = 0, **config: Any) -> Any:
@@ -123,6 +121,30 @@ def _ltx(step: int, prompt: int, batch: int) -> Inputs:
         "num_frames": 1,
         "height": 4,
         "width": 4,
+    }
+
+
+def _ltx2(step: int, prompt: int, batch: int) -> Inputs:
+    return {
+        "hidden_states": randn(batch, 16, 4, seed=step),
+        "audio_hidden_states": randn(batch, 6, 4, seed=step + 30),
+        "encoder_hidden_states": randn(batch, 5, 16, seed=50 + prompt),
+        "audio_encoder_hidden_states": randn(batch, 5, 16, seed=60 + prompt),
+        "timestep": _falling(step, batch),
+        "num_frames": 1,
+        "height": 4,
+        "width": 4,
+        "audio_num_frames": 6,
+    }
+
+
+def _krea2(step: int, prompt: int, batch: int) -> Inputs:
+    return {
+        "hidden_states": randn(batch, 16, 4, seed=step),
+        "encoder_hidden_states": randn(batch, 5, 2, 16, seed=50 + prompt),
+        "timestep": _falling(step, batch) / 1000,
+        "position_ids": torch.arange(63).view(21, 3) % 4,
+        "encoder_attention_mask": torch.ones(batch, 5, dtype=torch.bool),
     }
 
 
@@ -278,6 +300,24 @@ FAMILIES: dict[str, Family] = {
             joint_attention_dim=10, timestep_guidance_channels=16, axes_dims_rope=(4, 4, 4, 4),
         ), _flux2,
     ),
+    "LTX2VideoTransformer3DModel": Family(
+        lambda: _tiny(
+            "LTX2VideoTransformer3DModel", in_channels=4, out_channels=4, num_attention_heads=2,
+            attention_head_dim=12, cross_attention_dim=24, audio_in_channels=4,
+            audio_out_channels=4, audio_num_attention_heads=2, audio_attention_head_dim=8,
+            audio_cross_attention_dim=16, num_layers=3, caption_channels=16,
+            vae_scale_factors=(1, 1, 1), base_height=8, base_width=8,
+        ), _ltx2,
+    ),
+    "Krea2Transformer2DModel": Family(
+        lambda: _tiny(
+            "Krea2Transformer2DModel", in_channels=4, num_layers=3, attention_head_dim=12,
+            num_attention_heads=2, num_key_value_heads=1, intermediate_size=40,
+            timestep_embed_dim=16, text_hidden_dim=16, num_text_layers=2,
+            text_num_attention_heads=2, text_num_key_value_heads=1, text_intermediate_size=24,
+            num_layerwise_text_blocks=1, num_refiner_text_blocks=1, axes_dims_rope=(4, 4, 4),
+        ), _krea2,
+    ),
     "LatteTransformer3DModel": Family(
         lambda: _tiny(
             "LatteTransformer3DModel", num_attention_heads=3, attention_head_dim=8, in_channels=4,
@@ -285,5 +325,87 @@ FAMILIES: dict[str, Family] = {
             caption_channels=16, norm_type="ada_norm_single", norm_elementwise_affine=False,
             norm_eps=1e-6, video_length=2, activation_fn="gelu-approximate", num_embeds_ada_norm=10,
         ), _latte,
+    ),
+}  # fmt: skip
+
+
+def _wan_by_token(step: int, prompt: int, batch: int) -> Inputs:
+    timestep = _falling(step, batch)[:, None].repeat(1, 32)
+    # the tokens of the first frame are given
+    timestep[:, :16] = 0
+    return {**_wan(step, prompt, batch), "timestep": timestep}
+
+
+def _wan_of_image(step: int, prompt: int, batch: int) -> Inputs:
+    image = randn(batch, 3, 10, seed=80 + prompt)
+    return {**_wan(step, prompt, batch), "encoder_hidden_states_image": image}
+
+
+def _qwen_edit(step: int, prompt: int, batch: int) -> Inputs:
+    return {
+        **_qwen(step, prompt, batch),
+        "hidden_states": randn(batch, 20, 8, seed=step),
+        "img_shapes": [[(1, 4, 4), (1, 2, 2)]] * batch,
+    }
+
+
+def _flux_fill(step: int, prompt: int, batch: int) -> Inputs:
+    masked = randn(batch, 16, 8, seed=90)
+    given = _flux(step, prompt, batch)
+    return {**given, "hidden_states": torch.cat([given["hidden_states"], masked], dim=2)}
+
+
+def _flux_kontext(step: int, prompt: int, batch: int) -> Inputs:
+    given, picture = _flux(step, prompt, batch), randn(batch, 4, 4, seed=90)
+    return {
+        **given,
+        "hidden_states": torch.cat([given["hidden_states"], picture], dim=1),
+        "img_ids": torch.cat([given["img_ids"], torch.ones(4, 3)]),
+    }
+
+
+def _flux_controlled(step: int, prompt: int, batch: int) -> Inputs:
+    return {
+        **_flux(step, prompt, batch),
+        "controlnet_block_samples": [randn(batch, 16, 24, seed=step + 40)],
+        "controlnet_single_block_samples": [randn(batch, 16, 24, seed=step + 41)],
+    }
+
+
+def _pixart_alpha(step: int, prompt: int, batch: int) -> Inputs:
+    sizes = {
+        "resolution": torch.full((batch, 2), 8.0),
+        "aspect_ratio": torch.ones(batch, 1),
+    }
+    return {**_pixart(step, prompt, batch), "added_cond_kwargs": sizes}
+
+
+# configurations and inputs of the same classes that take other ways through them
+VARIANTS: dict[str, Family] = {
+    "WanTransformer3DModel: a timestep of each token": Family(
+        FAMILIES["WanTransformer3DModel"].build, _wan_by_token
+    ),
+    "WanTransformer3DModel: text and image": Family(
+        lambda: _tiny(
+            "WanTransformer3DModel", patch_size=(1, 2, 2), num_attention_heads=2,
+            attention_head_dim=12, in_channels=4, out_channels=4, text_dim=16, freq_dim=32,
+            ffn_dim=48, num_layers=3, cross_attn_norm=True, rope_max_seq_len=32, image_dim=10,
+            added_kv_proj_dim=24,
+        ), _wan_of_image,
+    ),
+    "QwenImageTransformer2DModel: editing": Family(
+        lambda: _tiny(
+            "QwenImageTransformer2DModel", patch_size=2, in_channels=8, out_channels=2,
+            num_layers=3, attention_head_dim=12, num_attention_heads=2, joint_attention_dim=12,
+            axes_dims_rope=(4, 4, 4), zero_cond_t=True,
+        ), _qwen_edit,
+    ),
+    "FluxTransformer2DModel: Fill": Family(
+        lambda: tiny_flux(in_channels=12, out_channels=4), _flux_fill
+    ),
+    "FluxTransformer2DModel: Kontext": Family(tiny_flux, _flux_kontext),
+    "FluxTransformer2DModel: ControlNet": Family(tiny_flux, _flux_controlled),
+    "PixArtTransformer2DModel: sizes as conditions": Family(
+        lambda: tiny_pixart(use_additional_conditions=True), _pixart_alpha
     ),
 }  # fmt: skip

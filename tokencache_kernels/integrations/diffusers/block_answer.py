@@ -73,7 +73,7 @@ class BlockAnswer:
             and self._is_described(given)
             and not (device != "meta" and torch.is_autocast_enabled(device))
         ):
-            sources = read_sources(self._stack, block, given, hidden_states)
+            sources = read_sources(self._stack, block, given)
             if sources is not None:
                 self._compose(block, call, given, sources)
                 return self._leave(call, given)

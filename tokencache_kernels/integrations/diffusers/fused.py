@@ -1,15 +1,18 @@
 """A block composed of sub-layers that run through our ops, from its description."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from ... import ops
 from ...blocks import (
     CrossAttentionLayer,
     JointAttention,
+    Layers,
     Mlp,
     MlpLayer,
     Modulation,
@@ -31,10 +34,30 @@ from .binding import attention_site, resolve, site_of
 from .interception import class_of
 from .modulation import read_modulation
 
-_GELU = {"none": "gelu", "tanh": "gelu_tanh"}
+# activations of diffusers' FeedForward: as ops.linear names them, and the half that takes them
+_ACTIVATIONS: dict[str, tuple[str, Literal["gate_last"] | None]] = {
+    "GELU none": ("gelu", None),
+    "GELU tanh": ("gelu_tanh", None),
+    "GEGLU": ("gelu", "gate_last"),
+    "SwiGLU": ("silu", "gate_last"),
+}
 # where models clip in float16
 _FLOAT16_LIMIT = 65504
-Sources = Mapping[str, tuple[Tensor, ...]]
+
+
+class Source(NamedTuple):
+    """The adaLN vectors of a block in one step.
+
+    Attributes:
+        vectors: (B, D) each, (B, N, D), or (B, K, D) where they are numbered.
+        vector_index: (B, N) int32, the number of each token's vector; None: they are not numbered.
+    """
+
+    vectors: tuple[Tensor, ...]
+    vector_index: Tensor | None = None
+
+
+Sources = Mapping[str, Source]
 
 
 def find_refusal(stack: Stack, parts: tuple[spec.Part, ...], block: nn.Module) -> str | None:
@@ -45,47 +68,64 @@ def find_refusal(stack: Stack, parts: tuple[spec.Part, ...], block: nn.Module) -
         is_layer = class_of(module) is nn.Linear
         if compat.is_wrapped(module) or (compat.has_hooks(module) and not is_layer):
             return f"{name or 'the block'} has a hook around it"
+    refusal = spec.find_refusal(replace(stack, parts=parts))
+    if refusal is not None:
+        return refusal
     for part in parts:
-        if isinstance(part, spec.Parallel) and part.gives_pair:
-            return "its attention takes image and text apart"
         for branch in (part.image, part.text) if isinstance(part, spec.JointAttention) else (part,):
             refusal = _refuse_branch(branch, block)
             if refusal is not None:
                 return refusal
-    return next(filter(None, (_refuse_source(source, block) for source in stack.vectors)), None)
+    sources = (_refuse_source(source, parts, block) for source in stack.vectors)
+    return next(filter(None, sources), None)
 
 
 def _refuse_branch(branch: Any, block: Any) -> str | None:
-    name = getattr(branch, "module", "") or branch.fc2
-    if branch.norm is None and not isinstance(branch, spec.CrossAttention):
-        return f"the norm before {name} is not described"
-    if branch.norm is not None:
-        norm = resolve(block, branch.norm.module)
-        if branch.norm.kind != "layer" or not hasattr(norm, "eps"):
-            return f"{branch.norm.module} is no layer norm"
-    if getattr(branch, "post_norm", None) is not None:
-        return f"{name} has a norm behind it"
-    modulation = branch.modulation
-    if modulation is not None and modulation.gate_function != "none":
-        return f"the gate of {name} is a {modulation.gate_function}"
+    for norm in (branch.norm, branch.post_norm):
+        if norm is None or norm.kind == "none":
+            continue
+        module = resolve(block, norm.module)
+        is_other = isinstance(module, nn.RMSNorm if norm.kind == "layer" else nn.LayerNorm)
+        if is_other or not hasattr(module, "eps"):
+            kind = "layer norm" if norm.kind == "layer" else "root mean square"
+            return f"{norm.module} is no {kind}"
+        if norm is branch.post_norm and getattr(module, "bias", None) is not None:
+            return f"{norm.module} has a bias"
     is_plain = (isinstance(branch, spec.SelfAttention) and branch.splits) or (
         isinstance(branch, spec.CrossAttention) and branch.is_plain
     )
     if is_plain and not is_plain_attention(resolve(block, branch.module)):
-        return f"{name} has parts beside its four projections"
+        return f"{branch.module} has parts beside its four projections"
     return None
 
 
-def _refuse_source(source: Vectors, block: Any) -> str | None:
+def _refuse_source(source: Vectors, parts: tuple[spec.Part, ...], block: Any) -> str | None:
     if source.kind not in ("adaln", "own_adaln"):
         return None
     module = resolve(block, source.module)
     if not (hasattr(module, "linear") and hasattr(module, "silu")):
         return f"{source.module} is no adaLN"
-    if not isinstance(module.linear, nn.Linear):
+    width = _width(source, parts, block)
+    if not isinstance(module.linear, nn.Linear) or width is None:
         return None
-    rows = module.linear.out_features / module.linear.in_features
+    rows = module.linear.out_features / width
     return None if rows == source.count else f"{source.module} makes {rows:g} vectors"
+
+
+def _width(source: Vectors, parts: tuple[spec.Part, ...], block: Any) -> int | None:
+    """The channels of the rows that a source modulates."""
+    for branch in branches_of(parts):
+        if branch.modulation is not None and branch.modulation.source == source.name:
+            norm = resolve(block, branch.norm.module)
+            shape = getattr(norm, "normalized_shape", None) or getattr(norm, "dim", None)
+            return int(shape if isinstance(shape, int) else shape[-1]) if shape else None
+    return None
+
+
+def branches_of(parts: tuple[spec.Part, ...]) -> Iterator[Any]:
+    """All branches of a block; a joint attention has two."""
+    for part in parts:
+        yield from (part.image, part.text) if isinstance(part, spec.JointAttention) else (part,)
 
 
 def described_arguments(stack: Stack) -> frozenset[str]:
@@ -93,6 +133,7 @@ def described_arguments(stack: Stack) -> frozenset[str]:
     names = set(stack.streams)
     for source in stack.vectors:
         names |= {"timestep", "class_labels"} if source.kind == "own_adaln" else {source.argument}
+        names |= {source.index} if source.index else set()
     for part in stack.parts:
         names |= set(getattr(part, "passes", {}).values())
         if isinstance(part, spec.CrossAttention):
@@ -100,29 +141,70 @@ def described_arguments(stack: Stack) -> frozenset[str]:
     return frozenset(names)
 
 
-def read_sources(
-    stack: Stack, block: Any, named: Mapping[str, Any], like: Tensor
-) -> Sources | None:
-    """The adaLN vectors of a block, (B, D) each; None if they differ from token to token."""
+def read_sources(stack: Stack, block: Any, named: Mapping[str, Any]) -> Sources | None:
+    """The adaLN vectors of a block; None if they are of a grain that is not described."""
     sources = {}
     for source in stack.vectors:
-        vectors = _read_source(source, block, named, like)
-        if vectors is None:
+        stream = next(
+            (
+                stack.streams[0] if isinstance(branch, spec.Parallel) else branch.stream
+                for branch in branches_of(stack.parts)
+                if branch.modulation is not None and branch.modulation.source == source.name
+            ),
+            stack.streams[0],
+        )
+        like = named[stream]
+        held = stack.streams if stack.joins else (stream,)
+        num_tokens = sum(named[name].shape[1] for name in held)
+        read = _read_source(source, stack, block, named, like, num_tokens)
+        if read is None:
             return None
-        B, D = len(like), like.shape[-1]
-        if any(vector.shape not in ((B, D), (1, D)) for vector in vectors):
-            return None
-        sources[source.name] = tuple(
-            vector.to(like.dtype).expand(B, D) if vector.shape[0] != B or vector.dtype != like.dtype
-            else vector
-            for vector in vectors
-        )  # fmt: skip
+        sources[source.name] = read
     return sources
 
 
 def _read_source(
-    source: Vectors, block: Any, named: Mapping[str, Any], like: Tensor
-) -> tuple[Tensor, ...] | None:
+    source: Vectors,
+    stack: Stack,
+    block: Any,
+    named: Mapping[str, Any],
+    like: Tensor,
+    num_tokens: int,
+) -> Source | None:
+    B, D = len(like), like.shape[-1]
+    index = named.get(source.index) if source.index else None
+    if source.kind != "own_adaln" and named.get(source.argument) is None:
+        return None
+    made = _make_vectors(source, stack, block, named, like)
+    if isinstance(made, tuple):
+        return Source(made)
+    # the rows of an argument that several sources share
+    total = source.count
+    if source.kind == "argument":
+        shared = (one for one in stack.vectors if one.argument == source.argument)
+        total = max(one.start + one.count for one in shared)
+    R, width = len(made), total * D
+    T, rest = divmod(made.numel(), R * width)
+    if rest or T not in (1, num_tokens):
+        return None
+    made = made.reshape(R, T, total, D)[:, :, source.start : source.start + source.count]
+    made = made.to(like.dtype)
+    if index is not None:
+        K, rest = divmod(R, B)
+        if rest or T != 1:
+            return None
+        numbers = index.to(torch.int32).expand(B, num_tokens)
+        return Source(made.reshape(K, B, -1, D).transpose(0, 1).unbind(2), numbers)
+    if R not in (1, B):
+        return None
+    made = made.expand(B, -1, -1, -1)
+    return Source(made[:, 0].unbind(1) if T == 1 else made.unbind(2))
+
+
+def _make_vectors(
+    source: Vectors, stack: Stack, block: Any, named: Mapping[str, Any], like: Tensor
+) -> Tensor | tuple[Tensor, ...]:
+    """The vectors of a source side by side, or apart if they have been made in advance."""
     if source.kind in ("adaln", "own_adaln"):
         norm = resolve(block, source.module)
         vectors = read_modulation(norm)
@@ -132,61 +214,73 @@ def _read_source(
             embedding = norm.emb(named["timestep"], named["class_labels"], hidden_dtype=like.dtype)
         else:
             embedding = named[source.argument]
-        return tuple(norm.linear(norm.silu(embedding)).chunk(source.count, dim=1))
-    given = named[source.argument]
+        made: Tensor = norm.linear(norm.silu(embedding))
+        return made
+    given: Tensor = named[source.argument]
+    if not source.index and any(
+        one.index and one.argument == source.argument for one in stack.vectors
+    ):
+        # those of number 0 come first
+        given = given[: len(like)]
     if source.kind == "call":
-        made = resolve(block, source.module)(given)
-        return tuple(made.chunk(source.count, dim=-1)) if made.dim() == 2 else None
-    D = like.shape[-1]
+        called: Tensor = resolve(block, source.module)(given)
+        return called
     if source.kind == "table":
         table = resolve(block, source.module)
-        if given.numel() != given.shape[0] * source.count * D:
-            return None
-        return (table.reshape(source.count, D) + given.reshape(-1, source.count, D)).unbind(1)
-    rows = given.reshape(len(given), -1, D)
-    return rows[:, source.start : source.start + source.count].unbind(1)
+        return (table + given.reshape(len(given), -1, *table.shape)).flatten(1)
+    return given
 
 
-def modulation_of(block: Any, norm: Norm, modulation: Any, sources: Sources) -> Modulation:
-    """A layer norm and its modulation; weights of its own are folded into shift and scale."""
+def norm_of(block: Any, norm: Norm, dtype: torch.dtype) -> ops.RowNorm:
+    """A norm as the ops take it."""
+    if norm.kind == "none":
+        return ops.RowNorm("none")
     module = resolve(block, norm.module)
-    vectors = next(iter(sources.values())) if modulation is None else sources[modulation.source]
+    weight, bias = (
+        None if vector is None else vector.to(dtype)
+        for vector in (getattr(module, name, None) for name in ("weight", "bias"))
+    )
+    eps = torch.finfo(dtype).eps if module.eps is None else module.eps
+    offset = 1.0 if norm.plus_one and weight is not None else 0.0
+    return ops.RowNorm(norm.kind, weight, bias, offset, eps)
 
-    def row(index: int | None) -> Tensor:
-        return torch.zeros_like(vectors[0]) if index is None else vectors[index]
 
-    shift = row(None if modulation is None else modulation.shift)
-    scale = row(None if modulation is None else modulation.scale)
-    if module.weight is not None:
-        # (w * y + b) * (1 + scale) + shift, with y the plain layer norm
-        gain = 1 + scale
-        shift = shift if module.bias is None else module.bias * gain + shift
-        scale = module.weight * gain - 1
-    return Modulation(shift, scale, module.eps)
+def modulation_of(block: Any, branch: Any, sources: Sources, dtype: torch.dtype) -> Modulation:
+    """The norm before a branch, and what modulates it."""
+    norm, modulation = norm_of(block, branch.norm, dtype), branch.modulation
+    if modulation is None:
+        return Modulation(None, None, norm)
+    vectors = sources[modulation.source].vectors
+    shift, scale = (
+        None if row is None else vectors[row] for row in (modulation.shift, modulation.scale)
+    )
+    return Modulation(shift, scale, norm)
 
 
 def gate_of(modulation: Any, sources: Sources) -> Tensor | None:
     """The gate of a branch, or None."""
     if modulation is None or modulation.gate is None:
         return None
-    return sources[modulation.source][modulation.gate]
+    gate = sources[modulation.source].vectors[modulation.gate]
+    return gate.tanh() if modulation.gate_function == "tanh" else gate
 
 
 def mlp_of(module: Any, layers: spec.Layers | None) -> Mlp:
-    """An MLP; on the fused path if it is two plain linear layers around a GELU."""
-    if layers is None or module.training or compat.has_hooks(module):
+    """An MLP; on the fused path if its layers are described and plain."""
+    if layers is None or module.training or compat.has_hooks(module) or compat.is_wrapped(module):
         return Mlp(module)
-    fc1 = [resolve(module, path) for path in layers.fc1]
-    fc2 = resolve(module, layers.fc2)
-    activation = layers.activation
+    paths = [layers.fc1, layers.fc2, *([layers.gate] if layers.gate else [])]
+    fc1, fc2, *gate = (resolve(module, path) for path in paths)
+    if not all(map(compat.is_plain, (fc1, fc2, *gate))):
+        return Mlp(module)
+    activation, glu = layers.activation, layers.glu
     if activation is None:
-        first = resolve(module, layers.fc1[0].rpartition(".")[0])
-        if class_of(first).__name__ != "GELU":
+        first = resolve(module, layers.fc1.rpartition(".")[0])
+        name = " ".join(filter(None, (class_of(first).__name__, getattr(first, "approximate", ""))))
+        if name not in _ACTIVATIONS:
             return Mlp(module)
-        activation = _GELU[first.approximate]
-    if len(fc1) != 1 or not (compat.is_plain(fc1[0]) and compat.is_plain(fc2)):
-        return Mlp(module)
-    return Mlp(module, fc1[0], fc2, activation)
+        activation, glu = _ACTIVATIONS[name]
+    return Mlp(module, Layers(fc1, fc2, activation, gate[0] if gate else None, glu))
 
 
 def is_plain_attention(attention: Any) -> bool:
@@ -249,17 +343,34 @@ class Composer:
 
     def run(self) -> None:
         """Run all sub-layers in order."""
+        for branch in branches_of(self._parts):
+            if branch.modulation is not None:
+                index = self._sources[branch.modulation.source].vector_index
+                self._stream_of(branch).number_vectors(index)
         for part in self._parts:
             if isinstance(part, spec.JointAttention):
                 self._run_joint(part)
             elif isinstance(part, spec.Parallel):
                 self._run_parallel(part)
             else:
-                stream = self._streams[part.stream]
-                run_sub_layer(stream, self._runner, self._sub_layer(part))
+                run_sub_layer(self._stream_of(part), self._runner, self._sub_layer(part))
         for name in self._stack.clips_float16:
             if name in self._streams and self._streams[name].hidden_states.dtype == torch.float16:
                 self._streams[name].clip(_FLOAT16_LIMIT)
+
+    def _stream_of(self, branch: Any) -> ResidualStream:
+        is_parallel = isinstance(branch, spec.Parallel)
+        return self._streams[self._stack.streams[0] if is_parallel else branch.stream]
+
+    def _modulation_of(self, branch: Any) -> Modulation:
+        dtype = self._stream_of(branch).hidden_states.dtype
+        return modulation_of(self._block, branch, self._sources, dtype)
+
+    def _post_norm_of(self, branch: Any) -> ops.RowNorm | None:
+        if branch.post_norm is None:
+            return None
+        dtype = self._stream_of(branch).hidden_states.dtype
+        return norm_of(self._block, branch.post_norm, dtype)
 
     def _given(self, passes: Mapping[str, str]) -> dict[str, Any]:
         return {name: self._named.get(argument) for name, argument in passes.items()}
@@ -268,20 +379,28 @@ class Composer:
         site = site_of(self._stack, part, self._layer)
         module = resolve(self._block, part.module)
         backend, gate = self._runner.backend, gate_of(part.modulation, self._sources)
-        if isinstance(part, spec.CrossAttention) and part.is_plain and part.norm is None:
+        is_bare = part.norm.kind == "none" and part.modulation is None and part.post_norm is None
+        if isinstance(part, spec.CrossAttention) and part.is_plain and is_bare:
             return self._cross_attention(part, site, module)
-        modulation = modulation_of(self._block, part.norm, part.modulation, self._sources)
+        modulation, post_norm = self._modulation_of(part), self._post_norm_of(part)
         if isinstance(part, spec.Mlp):
-            return MlpLayer(site, gate, modulation, mlp_of(module, part.layers), backend)
+            mlp = mlp_of(module, part.layers)
+            return MlpLayer(site, gate, modulation, mlp, backend, post_norm)
         given = self._given(part.passes)
-        if isinstance(part, spec.SelfAttention) and part.splits:
-            attention = self_attention_of(module, backend)
+        if isinstance(part, spec.CrossAttention):
+            # a function of single tokens
             call = partial(module, **given)
-            return SelfAttentionLayer(site, gate, modulation, call, attention, self._runner)
-        if isinstance(part, spec.SelfAttention):
-            return WholeLayer(site, gate, modulation, partial(module, **given))
-        # a cross-attention behind a norm: a function of single tokens
-        return MlpLayer(site, gate, modulation, Mlp(partial(module, **given)), backend)
+            return MlpLayer(site, gate, modulation, Mlp(call), backend, post_norm)
+
+        def attend(rows: Tensor) -> Any:
+            return module(rows, **given, **dict.fromkeys(part.also, rows))
+
+        if not part.splits:
+            return WholeLayer(site, gate, modulation, attend, post_norm)
+        attention = self_attention_of(module, backend)
+        return SelfAttentionLayer(
+            site, gate, modulation, attend, attention, self._runner, post_norm
+        )
 
     def _cross_attention(self, part: spec.CrossAttention, site: Site, module: Any) -> SubLayer:
         query, out = module.to_q, module.to_out[0]
@@ -310,17 +429,16 @@ class Composer:
     def _run_joint(self, part: spec.JointAttention) -> None:
         module = resolve(self._block, part.module)
         sides = part.image, part.text
-        modulations = tuple(
-            modulation_of(self._block, side.norm, side.modulation, self._sources)  # type: ignore[arg-type]
-            for side in sides
-        )
+        modulations = tuple(map(self._modulation_of, sides))
+        post_norms = tuple(map(self._post_norm_of, sides))
         gates = tuple(gate_of(side.modulation, self._sources) for side in sides)
         given = self._given(part.passes)
 
         def attend(image: Tensor, text: Tensor) -> Any:
             return module(hidden_states=image, encoder_hidden_states=text, **given)
 
-        layer = JointAttention(site_of(self._stack, part, self._layer), gates, modulations, attend)
+        site = site_of(self._stack, part, self._layer)
+        layer = JointAttention(site, gates, modulations, attend, post_norms)
         image, text = (self._streams[side.stream] for side in sides)
         layer.run(image, text, self._runner)
 
@@ -329,12 +447,20 @@ class Composer:
         stream = self._streams[self._stack.streams[0]]
         site = attention_site(self._stack, self._layer)
         mlp_site = site_of(self._stack, part, self._layer)
-        modulation = modulation_of(block, part.norm, part.modulation, self._sources)  # type: ignore[arg-type]
+        modulation = self._modulation_of(part)
         module = resolve(block, part.attention)
         given = self._given(part.passes)
-        attention = WholeLayer(
-            site, None, modulation, lambda rows: module(hidden_states=rows, **given)
-        )
+
+        def attend_all(rows: Tensor) -> Tensor:
+            if not part.gives_pair:
+                attended: Tensor = module(hidden_states=rows, **given)
+                return attended
+            text = self._named[self._stack.streams[1]].shape[1]
+            image, text_rows = rows[:, :-text], rows[:, -text:]
+            pair = module(hidden_states=image, encoder_hidden_states=text_rows, **given)
+            return torch.cat(pair, dim=1)
+
+        attention = WholeLayer(site, None, modulation, attend_all)
 
         def attend() -> Tensor:
             return bring_up_to_date(stream, runner, attention)
@@ -345,17 +471,18 @@ class Composer:
         fc1, activation, fc2 = (
             resolve(block, path) for path in (part.fc1, part.activation, part.fc2)
         )
-        is_fused = compat.is_plain(fc1) and compat.is_plain(fc2)
-        gelu = isinstance(activation, nn.GELU)
+        is_fused = compat.is_plain(fc1) and compat.is_plain(fc2) and isinstance(activation, nn.GELU)
+        layers = None
+        if is_fused:
+            layers = Layers(fc1, fc2, _ACTIVATIONS[f"GELU {activation.approximate}"][0])
         layer = ParallelLayer(
             mlp_site,
             gate_of(part.modulation, self._sources),
             modulation,
             attend,
             lambda rows, attended: fc2(torch.cat([attended, activation(fc1(rows))], dim=-1)),
-            fc1=fc1 if is_fused and gelu else None,
-            fc2=fc2 if is_fused and gelu else None,
-            activation=_GELU[activation.approximate] if gelu else "none",
-            backend=runner.backend,
+            layers,
+            runner.backend,
+            self._post_norm_of(part),
         )
         run_sub_layer(stream, runner, layer)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ... import ops
-from ...blocks import key_sites, remember_joint_attention, text_feature
+from ...blocks import Layers, key_sites, remember_joint_attention, text_feature
 from ...errors import UnsupportedInputError
 from ...models import spec
 from ...models.spec import Stack
@@ -17,7 +17,7 @@ from . import compat
 from .arguments import ModuleCall
 from .attention_watch import Attention, watch_attention
 from .binding import attention_site, site_of
-from .fused import is_plain_attention, self_attention_of
+from .fused import is_plain_attention, mlp_of, self_attention_of
 from .interception import Original, eager, transparent
 from .session import Call, Session
 
@@ -45,8 +45,7 @@ class ModuleAnswer:
                 return made.run()
             return self._compute(call, made)
         if call.mode == "fused":
-            # the composition calls the module itself, for some tokens or all
-            return made.run()
+            return self._compose(call, action, made)
         return self._answer(call, action, made)
 
     @eager
@@ -66,6 +65,11 @@ class ModuleAnswer:
     @eager
     def _remember(self, call: Call, output: Any) -> None:
         call.run.runner.remember(self._site, output)
+
+    @transparent
+    def _compose(self, call: Call, action: Action, made: ModuleCall) -> Any:
+        """Run for a composition, which calls the module itself, for some tokens or all."""
+        return made.run()
 
     def _answer(self, call: Call, action: Action, made: ModuleCall) -> Any:
         """Answer from the cache, in a block that runs its own code."""
@@ -95,25 +99,48 @@ class RowsAnswer(ModuleAnswer):
         return output
 
     @eager
+    def _compose(self, call: Call, action: Action, made: ModuleCall) -> Any:
+        return self._score(call, made.run) if action is Action.PARTIAL else made.run()
+
+    def _score(self, call: Call, attend: Callable[[], Any]) -> Any:
+        """Compute the selected tokens, and keep their scores if the attention gives some."""
+        runner, backend = call.run.runner, self.session.options.backend
+        scored = self._find_scored(call) if self._scores_entropy else None
+        if scored is None:
+            return attend()
+        indices, _ = runner.selection(self._site)
+
+        def look(attention: Attention, lse: Tensor | None) -> None:
+            runner.refresh_scores(scored, indices, _entropy(call, attention, backend))
+
+        return watch_attention(attend, look, needs_lse=False, backend=backend)
+
+    @eager
     def _answer(self, call: Call, action: Action, made: ModuleCall) -> Any:
         runner, backend = call.run.runner, self.session.options.backend
         cache = runner.features.load(self._site)
         if action is Action.PARTIAL:
             indices, _ = runner.selection(self._site)
-            rows = ops.gather_rows(made.tokens, indices, backend=backend)
-            scored = self._find_scored(call) if self._scores_entropy else None
-            if scored is None:
-                fresh = made.run_on(rows)
+            layers = self._find_layers(made, cache)
+            if layers is not None:
+                hidden = layers.expand(made.tokens, indices, backend)
+                layers.store_(cache, indices, hidden, backend=backend)
+                _forget_changes(call, self._site)
             else:
-
-                def look(attention: Attention, lse: Tensor | None) -> None:
-                    runner.refresh_scores(scored, indices, _entropy(call, attention, backend))
-
-                fresh = watch_attention(
-                    partial(made.run_on, rows), look, needs_lse=False, backend=backend
-                )
-            _scatter(call, self._site, cache, fresh)
+                rows = ops.gather_rows(made.tokens, indices, backend=backend)
+                _scatter(call, self._site, cache, self._score(call, partial(made.run_on, rows)))
         return _forecast(call, self._site, cache)
+
+    def _find_layers(self, made: ModuleCall, cache: Tensor) -> Layers | None:
+        """The layers of an MLP that the ops may take; None: the module is called."""
+        rows = made.tokens
+        device = rows.device.type
+        if not isinstance(self._part, spec.Mlp) or self.session.options.tier == "as_is":
+            return None
+        if rows.dtype != cache.dtype or (device != "meta" and torch.is_autocast_enabled(device)):
+            return None
+        layers = mlp_of(made.module, self._part.layers).layers
+        return None if layers is None or layers.fc1.weight.dtype != rows.dtype else layers
 
     def _find_scored(self, call: Call) -> Site | None:
         sites = self.session.binding.scored_sites(self._stack, self._layer, self._part.stream)  # type: ignore[union-attr]
@@ -375,6 +402,13 @@ def _scatter(call: Call, site: Site, cache: Tensor, fresh: Tensor) -> None:
     runner = call.run.runner
     indices, _ = runner.selection(site)
     ops.scatter_rows_(cache, indices, fresh.to(cache.dtype), backend=runner.backend)
+    _forget_changes(call, site)
+
+
+def _forget_changes(call: Call, site: Site) -> None:
+    """Forecast no change of the fresh tokens."""
+    runner = call.run.runner
+    indices, _ = runner.selection(site)
     for difference, _ in runner.differences(site):
         zeros = difference.new_zeros(*indices.shape, difference.shape[2])
         ops.scatter_rows_(difference, indices, zeros, backend=runner.backend)
