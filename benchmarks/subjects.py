@@ -49,7 +49,7 @@ class Subject:
     Attributes:
         transformer: without hooks or gradients.
         shape: the source of its operation counts.
-        published_shape: likewise, of the published code of ToCa.
+        published_shape: the shape of the published code of ToCa.
         latents: the start of a run.
         named: the arguments of a call beside latents and timestep.
         scheduler: of the published setting.
@@ -127,7 +127,7 @@ def make_dit(batch: int, device: torch.device, is_tiny: bool) -> Subject:
         )
         latents = torch.randn(batch // 2, 4, side, side).repeat(2, 1, 1, 1)
         labels = torch.randint(NUM_CLASSES, (batch,))
-        # the class of no class
+        # the null class of guidance
         labels[batch // 2 :] = NUM_CLASSES
     shape = dit_shape(
         batch=batch, num_layers=layers, hidden=heads * head_dim, heads=heads,
@@ -138,7 +138,7 @@ def make_dit(batch: int, device: torch.device, is_tiny: bool) -> Subject:
 
 
 def make_pixart(batch: int, device: torch.device, is_tiny: bool) -> Subject:
-    """PixArt-alpha at 256 px, prompts of 20 tokens padded to 120, with guidance likewise."""
+    """PixArt-alpha at 256 px, prompts of 20 tokens padded to 120, with guidance."""
     heads, head_dim, layers, side = (2, 8, 2, 16) if is_tiny else (16, 72, 28, 32)
     padded, text_tokens, width = (8, 5, 16) if is_tiny else (120, 20, 4096)
     with _built_on(device):

@@ -97,7 +97,7 @@ struct ModulateParams {
   const void* x;           // [B, N, D], unit stride along D
   const int32_t* indices;  // [B, S], unit stride along S; outside [0, N): an empty slot
   VectorParams shift;      // 0 where there is none
-  VectorParams scale;      // likewise
+  VectorParams scale;      // as shift
   void* packed;            // [B, S, D], contiguous
 
   int64_t stride_x_b, stride_x_n;
@@ -239,7 +239,7 @@ struct FinishHeadsParams {
   const void* bias;        // [E], or null
   // float64 where the type is that, else float32
   const void* cosine;  // [B, T, E], T >= N, unit stride along E, or null for no rotation
-  const void* sine;    // likewise
+  const void* sine;    // as cosine
 
   int64_t stride_indices_b;
   int64_t stride_table_b, stride_table_t;

@@ -124,6 +124,18 @@ def test_a_paragraph_has_at_most_one_semicolon(area):
     assert found == []
 
 
+@pytest.mark.parametrize("area", [area for area in AREAS if area != "CONTRIBUTING.md"])
+def test_a_word_is_repeated_rather_than_replaced(area):
+    found = [
+        f"{path.relative_to(ROOT)}: {text}"
+        for path in list_files(area)
+        for text in read_texts(path)
+        if re.search(r"\blikewise\b", text, re.IGNORECASE)
+    ]
+
+    assert found == []
+
+
 def test_the_example_of_a_commit_follows_its_own_rule():
     text = (ROOT / "CONTRIBUTING.md").read_text()
     (example,) = re.findall(r"`(\w+: [a-z][^`]+)`", text)

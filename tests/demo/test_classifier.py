@@ -28,6 +28,6 @@ def test_distorted_digits_keep_their_range_and_their_background():
     assert distorted.shape == (20, 1, 32, 32)
     assert distorted.min() >= -1.0 - 1e-6
     assert distorted.max() <= 1.0 + 1e-6
-    # the corners of a digit are background, wherever the picture was moved to
+    # the corners of a digit are background, wherever the image was moved to
     torch.testing.assert_close(distorted[:, :, 0, 0], torch.full((20, 1), -1.0))
     assert (distorted - images[:20]).abs().mean() > 0.01

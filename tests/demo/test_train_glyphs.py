@@ -20,18 +20,18 @@ def draw(count, size=24, seed=0):
 
 
 def test_pictures_have_two_colours_a_shape_and_their_label():
-    pictures, labels = draw(40)
+    images, labels = draw(40)
 
-    assert pictures.shape == (40, 3, 24, 24)
-    assert pictures.abs().max() <= 1
+    assert images.shape == (40, 3, 24, 24)
+    assert images.abs().max() <= 1
     assert labels.min() >= 0
     assert labels.max() < len(CHARACTERS)
-    for picture in pictures:
-        corner_free = (picture - picture[:, :1, :1]).abs().amax()
+    for image in images:
+        corner_free = (image - image[:, :1, :1]).abs().amax()
         assert corner_free > 0.3
     again, _ = draw(40)
-    assert torch.equal(pictures, again)
-    assert not torch.equal(pictures, draw(40, seed=1)[0])
+    assert torch.equal(images, again)
+    assert not torch.equal(images, draw(40, seed=1)[0])
 
 
 @pytest.mark.parametrize("font", FONTS)
@@ -45,15 +45,15 @@ def test_every_font_has_every_character(font):
 
 
 def test_the_loss_of_the_exact_velocity_is_nothing():
-    pictures, labels = draw(3)
+    images, labels = draw(3)
 
     class Exact(torch.nn.Module):
         def forward(self, mixed, timestep, class_labels):
             times = timestep[:, None, None, None] / 1000
-            noise = (mixed - (1 - times) * pictures) / times
-            return type("Output", (), {"sample": noise - pictures})
+            noise = (mixed - (1 - times) * images) / times
+            return type("Output", (), {"sample": noise - images})
 
-    loss = flow_loss(Exact(), pictures, labels, torch.Generator().manual_seed(0))
+    loss = flow_loss(Exact(), images, labels, torch.Generator().manual_seed(0))
 
     assert loss < 1e-8
 

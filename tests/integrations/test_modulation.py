@@ -534,7 +534,7 @@ def test_flux_with_true_guidance_and_a_schedule_by_size(dtype, tolerance):
 
 def test_dit_pipeline():
     vae = AutoencoderKL(block_out_channels=(4,), norm_num_groups=1, latent_channels=2)
-    pictures = []
+    images = []
     for is_precomputed in (False, True):
         transformer = tiny_dit(num_embeds_ada_norm=1000, out_channels=4)
         pipe = DiTPipeline(transformer, vae, DDIMScheduler())
@@ -543,15 +543,15 @@ def test_dit_pipeline():
         if is_precomputed:
             precompute_modulation(transformer, pipe.scheduler)
         generator = torch.Generator().manual_seed(0)
-        pictures.append(
+        images.append(
             [
                 pipe(labels, num_inference_steps=STEPS, generator=generator, output_type="pt")
                 for labels in ([1, 2], [3, 4])
             ]
         )
 
-    for picture, wanted in zip(*pictures, strict=True):
-        torch.testing.assert_close(picture.images, wanted.images, rtol=1e-4, atol=1e-4)
+    for image, wanted in zip(*images, strict=True):
+        torch.testing.assert_close(image.images, wanted.images, rtol=1e-4, atol=1e-4)
 
 
 # --- refusals -------------------------------------------------------------------------------------

@@ -325,7 +325,7 @@ def pictures_heads():
     ("query_stride", "measured"), [(2, 0.043), (3, 0.047), (4, 0.206), (5, 0.125), (8, 0.520)]
 )
 def test_on_a_grid_a_stride_wants_no_factor_of_its_width(pictures_heads, query_stride, measured):
-    """Queries of a picture: the second table of docs/adr/0018."""
+    """Queries of an image: the second table of docs/adr/0018."""
     error, predicted = relative_error(*pictures_heads, query_stride)
 
     assert error == pytest.approx(measured, rel=0.02)

@@ -48,7 +48,7 @@ class SelfAttention:
 
         Args:
             key_cache: (B, N, H, E), written in place.
-            value_cache: (B, N, H, E), likewise.
+            value_cache: (B, N, H, E), the cached values.
             rows: (B, N, K), every token's row.
 
         Returns:
@@ -83,7 +83,7 @@ class SelfAttention:
         Args:
             cache: (B, N, D), written in place.
             key_cache: (B, N, H, E), filled by ``full_``; the fresh tokens' rows are written.
-            value_cache: (B, N, H, E), likewise.
+            value_cache: (B, N, H, E), the cached values.
             indices: (B, S) int32.
             packed: (B, S, K), the fresh tokens' rows.
         """

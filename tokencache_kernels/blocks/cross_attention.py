@@ -24,7 +24,7 @@ class CrossAttentionLayer:
         scored_site: a site whose tokens are selected by the entropy of their row of the
             head-averaged map; None: it is not taken.
         query: the query projection, or a module that stands for one.
-        out: the output projection, likewise.
+        out: the output projection.
         is_fused: whether both are a product with their weight and nothing else; otherwise they are
             called on packed rows (LoRA, quantised).
         project_text: gives the text's key and value, (B, M, H, E) each.

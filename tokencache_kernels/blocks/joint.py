@@ -19,7 +19,7 @@ class JointAttention:
     Attributes:
         site: decides for both; their outputs, each after its projection, are two features.
         gates: of image and text, see ``SubLayer``.
-        modulations: likewise.
+        modulations: one for each stream.
         module: the normalised image and text to the outputs of both.
         post_norms: of image and text, see ``SubLayer``.
     """

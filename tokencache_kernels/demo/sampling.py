@@ -14,7 +14,7 @@ GUIDANCE = 1.5
 
 
 def make_noise(seeds: Sequence[int]) -> Tensor:
-    """One picture of noise a seed, (B, 1, 32, 32), whatever the other seeds are."""
+    """One image of noise a seed, (B, 1, 32, 32), whatever the other seeds are."""
     generator = torch.Generator()
     return torch.stack(
         [

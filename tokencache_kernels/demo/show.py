@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Draw, print the table, write the picture."""
+    """Draw, print the table, write the image."""
     names = (*METHODS, f"fewer-{options.steps // 2}")
     methods = parse_those_trained(names, options.steps)
     device = torch.device(options.device)

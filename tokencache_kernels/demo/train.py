@@ -59,7 +59,7 @@ def update_average(average: nn.Module, model: nn.Module, step: int) -> None:
 
 
 def train(steps: int, batch: int, peak: float, state_path: Path, device: str) -> dict[str, Any]:
-    """Train for ``steps`` steps of ``batch`` pictures; return the record."""
+    """Train for ``steps`` steps of ``batch`` images; return the record."""
     torch.manual_seed(0)
     images, labels = (tensor.to(device) for tensor in load_digits())
     scheduler = build_scheduler()

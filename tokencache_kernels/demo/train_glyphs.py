@@ -1,9 +1,9 @@
-"""Train a second small model on pictures that are harder than digits: coloured letters.
+"""Train a second small model on images that are harder than digits: coloured letters.
 
 ``python -m tokencache_kernels.demo.train_glyphs`` renders capital letters in fonts that matplotlib
 ships, in two colours, 64 x 64 pixels (1,024 tokens), trains a transformer on them by flow matching,
 and writes the weights with the record of how they were made. The first ``--half-steps`` steps see
-pictures of half the size, whose tokens take every second position of the grid: a quarter of the
+images of half the size, whose tokens take every second position of the grid: a quarter of the
 tokens teach the shapes, and the rest of the run their edges. A run can be stopped and started
 again: the state is kept in ``--state``.
 """
@@ -27,14 +27,14 @@ from .train import LABEL_DROPOUT, rate_factor, update_average
 CHARACTERS = string.ascii_uppercase
 FONTS = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSerif", "DejaVuSerif-Italic")
 NULL_CLASS = len(CHARACTERS)
-# of the picture's side; the largest glyphs still fit in
+# of the image's side; the largest glyphs still fit in
 _GLYPH_SHARE = 0.7
-# how far from the middle a glyph may lie, of the picture's side
+# how far from the middle a glyph may lie, of the image's side
 _JITTER = 1 / 16
 
 
 def make_shape(size: int) -> dict[str, Any]:
-    """The model's shape for pictures of ``size`` pixels a side: (size / 2)^2 tokens."""
+    """The model's shape for images of ``size`` pixels a side: (size / 2)^2 tokens."""
     return {
         "num_attention_heads": 2,
         "attention_head_dim": 64,
@@ -54,7 +54,7 @@ def build_glyph_model(size: int = 64) -> Any:
 
     model = DiTTransformer2DModel(**make_shape(size))
     for block in model.transformer_blocks:
-        # training drops labels itself, once a picture
+        # training drops labels itself, once an image
         block.norm1.emb.class_embedder.dropout_prob = 0.0
     return model
 
@@ -68,7 +68,7 @@ def draw_glyphs(count: int, size: int, generator: torch.Generator) -> tuple[Tens
         generator: draws all that is random.
 
     Returns:
-        pictures (B, 3, size, size) float32 in [-1, 1], and labels (B,) int64 into ``CHARACTERS``.
+        images (B, 3, size, size) float32 in [-1, 1], and labels (B,) int64 into ``CHARACTERS``.
     """
 
     def choose(below: int) -> int:
@@ -76,8 +76,8 @@ def draw_glyphs(count: int, size: int, generator: torch.Generator) -> tuple[Tens
 
     jitter = round(size * _JITTER)
     labels = torch.randint(len(CHARACTERS), (count,), generator=generator)
-    pictures = torch.empty(count, 3, size, size)
-    for picture, label in zip(pictures, labels.tolist(), strict=True):
+    images = torch.empty(count, 3, size, size)
+    for image, label in zip(images, labels.tolist(), strict=True):
         mask = _render(FONTS[choose(len(FONTS))], CHARACTERS[label], size)
         height, width = mask.shape
         top, left = (
@@ -88,10 +88,10 @@ def draw_glyphs(count: int, size: int, generator: torch.Generator) -> tuple[Tens
         # ink that is hardly seen teaches nothing
         if (ink - paper).abs().max() < 0.8:
             ink = -torch.sign(paper + 1e-6) * (0.5 + 0.5 * ink.abs())
-        picture[:] = paper
-        spot = picture[:, top : top + height, left : left + width]
+        image[:] = paper
+        spot = image[:, top : top + height, left : left + width]
         spot += mask * (ink - paper)
-    return pictures, labels
+    return images, labels
 
 
 @cache
@@ -107,29 +107,29 @@ def _render(font: str, character: str, size: int) -> Tensor:
     return torch.tensor(face.get_image()[:size, :size]).float() / 255
 
 
-def flow_loss(model: Any, pictures: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
+def flow_loss(model: Any, images: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
     """The mean squared error of the velocity at random times; drops some labels.
 
-    At time ``t`` in (0, 1) the model is given ``(1 - t) * picture + t * noise`` and ``1000 t``, and
-    is to answer ``noise - picture``.
+    At time ``t`` in (0, 1) the model is given ``(1 - t) * image + t * noise`` and ``1000 t``, and
+    is to answer ``noise - image``.
     """
-    B = len(pictures)
-    noise = torch.randn(pictures.shape, generator=generator).to(pictures)
-    # more often in the middle, where the picture is decided
-    times = torch.randn(B, generator=generator).sigmoid().to(pictures)
+    B = len(images)
+    noise = torch.randn(images.shape, generator=generator).to(images)
+    # more often in the middle, where the image is decided
+    times = torch.randn(B, generator=generator).sigmoid().to(images)
     dropped = (torch.rand(B, generator=generator) < LABEL_DROPOUT).to(labels.device)
     labels = torch.where(dropped, NULL_CLASS, labels)
-    mixed = torch.lerp(pictures, noise, times[:, None, None, None])
-    with torch.autocast(pictures.device.type, torch.bfloat16):
+    mixed = torch.lerp(images, noise, times[:, None, None, None])
+    with torch.autocast(images.device.type, torch.bfloat16):
         velocity = model(mixed, timestep=1000 * times, class_labels=labels).sample
-    return (velocity.float() - (noise - pictures)).square().mean()
+    return (velocity.float() - (noise - images)).square().mean()
 
 
 @torch.no_grad()
 def sample_glyphs(
     model: Any, labels: Sequence[int], seeds: Sequence[int], *, steps: int, guidance: float = 2.0
 ) -> Tensor:
-    """Draw one picture for each label by Euler's method, both halves of guidance in one batch.
+    """Draw one image for each label by Euler's method, both halves of guidance in one batch.
 
     Args:
         model: the transformer, hooked or not.
@@ -145,16 +145,16 @@ def sample_glyphs(
         raise ValueError(f"sample_glyphs: seeds must be {len(labels)}, got {len(seeds)}")
     device, size = next(model.parameters()).device, model.config.sample_size
     generator = torch.Generator()
-    pictures = torch.stack(
+    images = torch.stack(
         [torch.randn(3, size, size, generator=generator.manual_seed(seed)) for seed in seeds]
     ).to(device)
     classes = torch.tensor([*labels, *[NULL_CLASS] * len(labels)], device=device)
     for index in range(steps):
         time = torch.full((len(classes),), 1000 * (1 - index / steps), device=device)
-        velocity = model(torch.cat([pictures] * 2), timestep=time, class_labels=classes).sample
+        velocity = model(torch.cat([images] * 2), timestep=time, class_labels=classes).sample
         conditional, unconditional = velocity.chunk(2)
-        pictures = pictures - (unconditional + guidance * (conditional - unconditional)) / steps
-    return pictures.cpu()
+        images = images - (unconditional + guidance * (conditional - unconditional)) / steps
+    return images.cpu()
 
 
 def train(options: argparse.Namespace) -> dict[str, Any]:
@@ -168,9 +168,9 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
         batch, size = (
             (2 * options.batch, options.size // 2) if is_half else (options.batch, options.size)
         )
-        pictures, labels = draw_glyphs(batch, size, generator)
-        pictures, labels = pictures.to(options.device), labels.to(options.device)
-        return flow_loss(model, pictures, labels, generator), {}
+        images, labels = draw_glyphs(batch, size, generator)
+        images, labels = images.to(options.device), labels.to(options.device)
+        return flow_loss(model, images, labels, generator), {}
 
     history = train_module(
         nn.ModuleDict({"model": model, "average": average}),

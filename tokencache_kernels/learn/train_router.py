@@ -53,7 +53,7 @@ def train_router(
             5e-6 for the 56 sub-layers of DiT-XL.
         threshold: the router's, for inference and for the share shown in training.
         facts: see ``train_module``; the sizes, ``sparsity`` and ``label_dropout`` are added.
-        label_dropout: the share of the labels that become the class of no class, for both.
+        label_dropout: the share of the labels that become the null class of guidance, for both.
 
     Returns:
         The router, and the history of ``train_module`` with ``error``, the loss's first term, and

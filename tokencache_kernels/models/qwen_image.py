@@ -21,7 +21,7 @@ QWEN_IMAGE = ModelSpec(
             streams=("hidden_states", "encoder_hidden_states"),
             returns=("encoder_hidden_states", "hidden_states"),
             vectors=(
-                # editing: tokens of the picture that is edited have vectors of their own
+                # editing: tokens of the image that is edited have vectors of their own
                 Vectors("image", "call", "img_mod", index="modulate_index"),
                 Vectors("text", "call", "txt_mod"),
             ),

@@ -39,7 +39,7 @@ class Vectors:
         name: the name that modulations use.
         kind: how a block makes them:
             ``adaln``: ``module.linear(silu(argument))``, cut in ``count``;
-            ``own_adaln``: likewise of ``module.emb(timestep, class_labels)``;
+            ``own_adaln``: the vectors of ``module.emb(timestep, class_labels)``;
             ``call``: ``module(argument)``, cut in ``count``;
             ``table``: the parameter ``module`` (count, D) plus ``argument``;
             ``argument``: rows ``[start, start + count)`` of ``argument``.

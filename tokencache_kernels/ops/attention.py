@@ -80,7 +80,7 @@ def attention(
     Args:
         query: (B, S, H, E), any float dtype; stride 1 along E.
         key: (B, N, H, E), dtype and device of ``query``.
-        value: (B, N, H, E), likewise.
+        value: (B, N, H, E), dtype and device of ``query``.
         key_lengths: (B,) int32, how many keys each sample has (text of different lengths), each in
             [0, N]; or None: all.
         softmax_scale: the factor before the softmax; None: 1 / sqrt(E).

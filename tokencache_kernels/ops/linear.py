@@ -106,11 +106,11 @@ def linear(
             along K.
         weight: (O, K), dtype and device of ``x``; stride 1 along K. By a weight of its own class
             (quantised, say) PyTorch multiplies, whatever the backend.
-        bias: (O,), likewise, or None.
+        bias: (O,), dtype and device of ``weight``, or None.
         activation: ``"none"``, ``"gelu"`` (erf), ``"gelu_tanh"`` or ``"silu"``.
         indices: (B, S) int32 or None; see ``gather_rows``.
-        gate_weight: (O, K), likewise, of a gated layer with two weights.
-        gate_bias: (O,), likewise, or None.
+        gate_weight: (O, K), of a gated layer with two weights.
+        gate_bias: (O,), dtype and device of ``weight``, or None.
         glu: of a gated layer with one weight (2 * O, K) and bias (2 * O,), which half of their rows
             is the gate: ``"gate_first"`` or ``"gate_last"``.
         backend: ``"auto"``, ``"triton"``, ``"native"`` or ``"reference"``.
@@ -209,11 +209,11 @@ def linear_scatter_(
             input that shares memory with it is copied first.
         indices: (B, S) int32, unique per sample; see ``gather_rows``.
         x: (B, S, K) packed rows, dtype and device of ``cache``; stride 1 along K.
-        weight: (O, K), or (O, F + K) with ``features``, likewise.
-        bias: (O,), likewise, or None.
-        gate: (B, O), likewise, or None.
+        weight: (O, K), or (O, F + K) with ``features``; dtype of ``cache``.
+        bias: (O,), dtype and device of ``weight``, or None.
+        gate: (B, O), dtype of ``cache``, or None.
         residual: whether to add to the old value instead of replacing it.
-        features: (B, N, F), features of all tokens that come before ``x``, likewise, or None.
+        features: (B, N, F), features of all tokens that come before ``x``, or None.
         backend: see ``linear``.
 
     Returns:

@@ -94,15 +94,15 @@ def mlp_(
         hidden_states: (B, N, D), the MLP's input before its norm; dtype and device of ``cache``.
         indices: (B, S) int32, unique per sample; see ``gather_rows``.
         shift: see ``gather_modulate``; None: 0.
-        scale: likewise.
-        fc1_weight: (M, D), likewise; (2 * M, D) with ``glu``.
-        fc1_bias: (M,), likewise, or None; (2 * M,) with ``glu``.
-        fc2_weight: (D, M), likewise.
-        fc2_bias: (D,), likewise, or None.
+        scale: see ``gather_modulate``; None: 0.
+        fc1_weight: (M, D), or (2 * M, D) with ``glu``; dtype of ``cache``.
+        fc1_bias: (M,), or (2 * M,) with ``glu``, or None.
+        fc2_weight: (D, M), dtype of ``cache``.
+        fc2_bias: (D,), or None.
         activation: ``"none"``, ``"gelu"`` (erf), ``"gelu_tanh"`` or ``"silu"``; of the gate where
             there is one.
         gate_weight: (M, D), the gate's weight of a gated MLP; see ``linear``.
-        gate_bias: (M,), likewise, or None.
+        gate_bias: (M,), or None.
         glu: which half of ``fc1_weight`` is the gate; see ``linear``.
         norm: see ``gather_modulate``.
         vector_index: see ``add_branches_``.

@@ -298,7 +298,7 @@ def gather_modulate(
         indices: (B, S) int32; see ``gather_rows``.
         shift: dtype and device of ``hidden_states``. (B, D) is one of each sample, (B, N, D) one of
             each token, and (B, K, D) goes with ``vector_index``. None: 0.
-        scale: likewise.
+        scale: as ``shift``.
         norm: a norm of weights (D,) of the same dtype; None: LayerNorm without weights.
         vector_index: see ``add_branches_``.
         eps: of the norm where none is given: added to the variance, in the square of the unit of
@@ -354,7 +354,7 @@ def row_pass_(
         gates: J gates; see ``add_branches_``.
         indices: (B, S) int32, unique per sample; see ``gather_rows``.
         shift: see ``gather_modulate``.
-        scale: likewise.
+        scale: as ``shift``.
         branch_norms: see ``add_branches_``.
         norm: see ``gather_modulate``.
         vector_index: see ``add_branches_``; of gates, shift and scale alike.

@@ -89,13 +89,13 @@ def project_qkv_(
     Args:
         key_cache: (B, N, H, E), written in place, not expanded; any float dtype; contiguous in H
             and E. An input that shares memory with a cache is copied first.
-        value_cache: (B, N, H, E), likewise, not overlapping ``key_cache``.
+        value_cache: (B, N, H, E), as ``key_cache``, not overlapping ``key_cache``.
         x: (B, S, K), the packed rows of the tokens at ``indices``; (B, N, K), every token's row,
             with ``all_keys`` or without ``indices``; dtype and device of ``key_cache``.
         indices: (B, S) int32, unique per sample, see ``gather_rows``; None: every token.
-        weight: (3 * H * E, K), likewise, rows ordered query, key, value; or these three apart,
+        weight: (3 * H * E, K), dtype of ``x``, in the order query, key, value; or these apart,
             (H * E, K) each, whose rows lie equally far from each other.
-        bias: (3 * H * E,), likewise, or three of (H * E,); None: no bias.
+        bias: (3 * H * E,), or three of (H * E,); None: no bias.
         norm: the norm of each head, weights and biases (E,) of the same dtype, or None.
         rotary: cosine and sine, with the same strides, or None; (T, E), or (B, T, E) where samples
             differ, for positions 0 to T - 1, T >= N; dtype of ``key_cache`` or float32. Channels

@@ -356,10 +356,10 @@ def _flux_fill(step: int, prompt: int, batch: int) -> Inputs:
 
 
 def _flux_kontext(step: int, prompt: int, batch: int) -> Inputs:
-    given, picture = _flux(step, prompt, batch), randn(batch, 4, 4, seed=90)
+    given, image = _flux(step, prompt, batch), randn(batch, 4, 4, seed=90)
     return {
         **given,
-        "hidden_states": torch.cat([given["hidden_states"], picture], dim=1),
+        "hidden_states": torch.cat([given["hidden_states"], image], dim=1),
         "img_ids": torch.cat([given["img_ids"], torch.ones(4, 3)]),
     }
 

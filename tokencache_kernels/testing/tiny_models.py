@@ -7,7 +7,7 @@ from torch import nn
 
 
 def tiny_dit(num_layers: int = 3, seed: int = 0, **overrides: Any) -> Any:
-    """A ``DiTTransformer2DModel``: 24 wide, 8 x 8 pictures of 2 channels, 4 x 4 = 16 tokens.
+    """A ``DiTTransformer2DModel``: 24 wide, 8 x 8 images of 2 channels, 4 x 4 = 16 tokens.
 
     All weights are random: a new DiT's own gates are small, which would hide mistakes.
     """

@@ -17,7 +17,7 @@ class QkNorm(NamedTuple):
         query_weight: (E,).
         key_weight: (E,).
         query_bias: (E,), or None; both biases or neither.
-        key_bias: (E,), likewise.
+        key_bias: (E,), the key's bias, or None.
         kind: ``"rms"`` or ``"layer"``.
         eps: added to the mean square, or to the variance.
     """

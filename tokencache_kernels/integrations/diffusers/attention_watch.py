@@ -29,7 +29,7 @@ class Attention:
     Attributes:
         query: (B, S, H, E).
         key: (B, N, H, E); heads shared by groups of queries are repeated.
-        value: likewise.
+        value: the values of the same call.
         mask: added to the logits (or kept where true), or None.
         scale: the factor of the logits; None: 1 / sqrt(E).
     """
