@@ -14,7 +14,7 @@ class Modulation(NamedTuple):
     Attributes:
         shift: (B, D), one of each sample, or (B, N, D), one of each token, or (B, K, D) in a stream
             that numbers its vectors; None: 0.
-        scale: likewise.
+        scale: as ``shift``.
         norm: of the row; none, layer or root mean square.
     """
 
