@@ -1,5 +1,7 @@
 """Some tokens through a whole model, against the dense model whose attention is masked by hand."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -22,6 +24,9 @@ POLICIES = {
     "no-keys": TokenSteps((1.0, 1.0, 0.4, 0.7, 1.0, 0.3, 0.3, 0.5), keeps_keys=False),
     "filled": TokenSteps((1.0, 0.4, 0.7, 0.2, 1.0, 0.3, 0.6, 1.0), "variance", "interpolate"),
 }
+
+
+SCHEDULER = SimpleNamespace(alphas_cumprod=torch.linspace(0.999, 0.001, 1000))
 
 
 def inputs(name, step, batch=2):
@@ -61,6 +66,12 @@ def paste(tokens, like):
         spot = out[:, :, f, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2]
         spot.copy_(token.reshape(spot.shape))
     return out.reshape(like.shape)
+
+
+def noise_level(name, timestep):
+    if name.startswith("DiT"):
+        return float((1 - SCHEDULER.alphas_cumprod[int(timestep)]) ** 0.5)
+    return timestep if name.startswith("Flux") else timestep / 1000
 
 
 def distance(a, b):
@@ -132,15 +143,20 @@ def run_by_hand(model, name, policy, monkeypatch):
                 velocity = [tokens[n] if n in chosen else velocity[n] for n in range(N)]
             else:
                 inside = sorted(chosen)
+                given = inputs(name, step)
+                latents = cut(given["hidden_states"])[0]
+                level = noise_level(name, float(given["timestep"][0]))
+                clean = [x - level * v for x, v in zip(latents, tokens, strict=True)]
                 velocity = []
                 for n in range(N):
                     far, near = nearest(places[n], [places[m] for m in inside], 4)
                     weights = 1 / far**2
                     mixed = sum(
-                        w * tokens[inside[m]]
+                        w * clean[inside[m]]
                         for w, m in zip(weights / weights.sum(), near, strict=True)
                     )
-                    velocity.append(tokens[n] if n in chosen else mixed)
+                    lifted = (latents[n] - mixed) / level
+                    velocity.append(tokens[n] if n in chosen else lifted)
             last = chosen
             outputs.append(paste(velocity, output))
     return torch.stack(outputs)
@@ -152,7 +168,7 @@ def test_a_subset_gives_what_the_masked_dense_model_gives(name, kind, monkeypatc
     model = FAMILIES[name].build()
     wanted = run_by_hand(model, name, POLICIES[kind], monkeypatch)
 
-    apply_token_cache(model, POLICIES[kind])
+    apply_token_cache(model, POLICIES[kind], scheduler=SCHEDULER)
 
     for _ in range(2):
         torch.testing.assert_close(run(model, name), wanted, rtol=1e-4, atol=1e-5)
@@ -199,6 +215,13 @@ def test_all_tokens_are_the_model_and_removal_gives_it_back(name):
 def test_another_model_is_refused():
     with pytest.raises(UnsupportedInputError, match="must be one of DiTTransformer2DModel, Flux"):
         apply_token_cache(FAMILIES["SD3Transformer2DModel"].build(), POLICIES["jit"])
+
+
+def test_noise_is_not_interpolated_without_a_scheduler():
+    model = FAMILIES[NAMES[0]].build()
+
+    with pytest.raises(UnsupportedInputError, match="scheduler must have alphas_cumprod"):
+        apply_token_cache(model, POLICIES["jit"])
 
 
 def test_another_batch_within_a_run_is_refused():

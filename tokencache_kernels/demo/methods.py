@@ -34,7 +34,7 @@ from ..policies import (
     taylor_seer,
 )
 from ..policies.learning_to_cache import MAX_LOGIT, list_cached_counters
-from .model import SHAPE
+from .model import SHAPE, build_scheduler
 
 PRESET = "dit-xl-ddim50"
 NUM_LAYERS: int = SHAPE["num_layers"]
@@ -112,7 +112,8 @@ def applied(model: Any, method: Method) -> Iterator[None]:
         return
     from ..integrations.diffusers import apply_token_cache, remove_token_cache
 
-    apply_token_cache(model, method.policy)
+    scheduler = build_scheduler() if isinstance(method.policy, TokenSteps) else None
+    apply_token_cache(model, method.policy, scheduler=scheduler)
     try:
         yield
     finally:

@@ -19,8 +19,9 @@ class TokenSteps:
         ranking: which tokens come first. ``change``: those whose velocity changed most between the
             last two steps with share 1. ``variance``: an even spread first; where a stage takes in
             more, those around which the velocity varies most.
-        fill: the velocity of the others: ``reuse`` of their last one, or ``interpolate`` from the
-            four nearest tokens that were computed, weighted by the inverse squared distance.
+        fill: the velocity of the others: ``reuse`` of their last one, or ``interpolate``: the one
+            that leads to a clean picture interpolated from the four nearest tokens that were
+            computed, weighted by the inverse squared distance.
         keeps_keys: whether the tokens attend also to the others, by their last keys and values, or
             to each other alone.
         name: the policy's name in reports.
@@ -70,8 +71,9 @@ class TokenSteps:
 def jit(num_inference_steps: int, shares: tuple[float, ...] = (0.35, 0.62, 1.0)) -> TokenSteps:
     """Build JiT's stages: few tokens at first, more by the local variance of the velocity.
 
-    The paper also eases new tokens in by moving their latents (its micro-flow). That belongs to the
-    sampler and is left out here.
+    Tokens that wait are led to the interpolated clean picture and keep their own noise, so that
+    they have the sampler's noise level when they are taken in. The paper moves their latents at
+    that point instead (its micro-flow).
 
     Args:
         num_inference_steps: the sampler's steps; the published settings take 18 and 11.

@@ -108,7 +108,8 @@ def apply_token_cache(
         ]
         for transformer, binding in zip(transformers, bindings, strict=True):
             _check_free(transformer)
-            apply_token_steps(transformer, policy, binding, backend=backend)
+            table = scheduler() if isinstance(scheduler, _SchedulerOf) else scheduler
+            apply_token_steps(transformer, policy, binding, scheduler=table, backend=backend)
         return
     options = Options(backend, tier, steps)
     # every check before the first change

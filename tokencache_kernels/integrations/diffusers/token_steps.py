@@ -23,7 +23,12 @@ from .binding import Binding, resolve
 # a token's neighbours: those it is interpolated from, and those that its variance is taken over
 _NUM_NEAREST = 4
 _NUM_AROUND = 9
-SUPPORTED = ("DiTTransformer2DModel", "FluxTransformer2DModel", "WanTransformer3DModel")
+# what a model's output is: the noise, or the velocity from the clean picture to the noise
+SUPPORTED = {
+    "DiTTransformer2DModel": "noise",
+    "FluxTransformer2DModel": "velocity",
+    "WanTransformer3DModel": "velocity",
+}
 
 
 def apply_token_steps(
@@ -31,6 +36,7 @@ def apply_token_steps(
     policy: TokenSteps,
     binding: Binding,
     *,
+    scheduler: Any = None,
     calls_per_step: int = 1,
     backend: str = "auto",
 ) -> None:
@@ -40,11 +46,12 @@ def apply_token_steps(
         model: a transformer of a class in ``SUPPORTED``.
         policy: see ``TokenSteps``.
         binding: its description, bound to it.
+        scheduler: has ``alphas_cumprod``; needed to interpolate where the model gives noise.
         calls_per_step: how often the sampler calls the model in a step.
         backend: the backend of the ops that move rows.
 
     Raises:
-        UnsupportedInputError: the class is another one.
+        UnsupportedInputError: the class is another one, or the scheduler is missing.
     """
     if binding.spec.transformer not in SUPPORTED:
         raise UnsupportedInputError(
@@ -53,7 +60,15 @@ def apply_token_steps(
         )
     if calls_per_step < 1:
         fail("apply_token_steps", "calls_per_step", "be at least 1", calls_per_step)
-    model.forward = SubsetForward(model, policy, binding, calls_per_step, backend)
+    alphas = None
+    if policy.fill == "interpolate" and SUPPORTED[binding.spec.transformer] == "noise":
+        alphas = getattr(scheduler, "alphas_cumprod", None)
+        if not isinstance(alphas, Tensor):
+            raise UnsupportedInputError(
+                "apply_token_cache: scheduler must have alphas_cumprod to interpolate what "
+                f"{binding.spec.transformer} gives, got {type(scheduler).__name__}"
+            )
+    model.forward = SubsetForward(model, policy, binding, alphas, calls_per_step, backend)
 
 
 def has_token_steps(model: nn.Module) -> bool:
@@ -107,9 +122,12 @@ class SubsetForward:
         model: nn.Module,
         policy: TokenSteps,
         binding: Binding,
+        alphas: Tensor | None,
         calls_per_step: int,
         backend: str,
     ) -> None:
+        self._alphas = alphas
+        self._divisor = binding.spec.timestep_divisor
         self.original = model.forward
         self.policy = policy
         self._config: Any = model.config
@@ -186,7 +204,11 @@ class SubsetForward:
             chosen, self._chosen = self._chosen, None
         output = answer[0] if isinstance(answer, tuple) else answer.sample
         tokens = _to_tokens(output, patch)
-        self._note(state, tokens, chosen, positions)
+        if chosen is not None and self.policy.fill == "interpolate":
+            latent_tokens = _to_tokens(latents[:, : output.shape[1]] if patch else latents, patch)
+            level = self._noise_level(given["timestep"]).to(tokens)
+            self._lift(state, tokens, latent_tokens, level, chosen, positions)
+        self._note(state, tokens, chosen)
         self._calls += 1
         if self._calls == self._calls_per_step * self.policy.num_inference_steps:
             self.reset()
@@ -221,11 +243,42 @@ class SubsetForward:
             spread[chosen] = torch.inf
         return spread.topk(count).indices.sort().values
 
-    def _note(
-        self, state: _State, tokens: Tensor, chosen: Tensor | None, positions: Tensor
+    def _noise_level(self, timestep: Tensor) -> Tensor:
+        """The factor of the noise in the latents, (B, 1, 1) or (1, 1, 1)."""
+        if self._alphas is None:
+            return timestep.reshape(-1, 1, 1) * (self._divisor / 1000)
+        kept = self._alphas.to(timestep.device)[timestep.reshape(-1, 1, 1).long()]
+        return (1 - kept).sqrt()
+
+    def _lift(
+        self,
+        state: _State,
+        tokens: Tensor,
+        latents: Tensor,
+        level: Tensor,
+        chosen: Tensor,
+        positions: Tensor,
     ) -> None:
+        """Give the other tokens the output that leads to an interpolated clean picture.
+
+        ``latents - level * output`` is the clean picture, up to a factor that all tokens share. It
+        is interpolated, and not the output, which holds each token's own noise.
+        """
+        if chosen is not state.chosen:
+            state.nearest = _nearest(positions, positions[chosen], _NUM_NEAREST)
+        distance, nearest = state.nearest
+        weights = 1 / distance.square().clamp_min(1e-12)
+        weights = (weights / weights.sum(-1, keepdim=True)).to(tokens)[..., None]
+        channels = min(latents.shape[-1], tokens.shape[-1])
+        latents = latents[..., :channels]
+        clean = (latents - level * tokens[..., :channels])[:, chosen]
+        lifted = (latents - (clean[:, nearest] * weights).sum(2)) / level
+        # what is no noise, such as a variance, has no clean picture
+        others = (tokens[:, chosen, channels:][:, nearest] * weights).sum(2)
+        state.velocity = torch.cat([lifted, others], dim=-1)
+
+    def _note(self, state: _State, tokens: Tensor, chosen: Tensor | None) -> None:
         """Keep the velocities of all tokens, and rank the tokens anew where all were computed."""
-        is_new = chosen is not state.chosen
         state.chosen = chosen
         if chosen is None:
             if state.before is not None:
@@ -234,13 +287,6 @@ class SubsetForward:
             state.velocity, state.before = tokens.clone(), tokens.clone()
             return
         rows = tokens[:, chosen]
-        if self.policy.fill == "interpolate":
-            if is_new:
-                state.nearest = _nearest(positions, positions[chosen], _NUM_NEAREST)
-            distance, nearest = state.nearest
-            weights = 1 / distance.square().clamp_min(1e-12)
-            weights = (weights / weights.sum(-1, keepdim=True)).to(rows)
-            state.velocity = (rows[:, nearest] * weights[..., None]).sum(2)
         assert state.velocity is not None
         indices = chosen.to(torch.int32).expand(len(rows), -1)
         ops.scatter_rows_(state.velocity, indices, rows.contiguous(), backend=self._backend)
