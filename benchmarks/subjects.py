@@ -21,7 +21,8 @@ from diffusers import (
 )
 from torch import Tensor, nn
 
-from tokencache_kernels.policies import ModelShape, dit_shape, flux_shape, pixart_shape
+from tokencache_kernels.models import SPECS, Sizes
+from tokencache_kernels.policies import ModelShape, model_shape
 
 DTYPE = torch.bfloat16
 GUIDANCE = 4.0
@@ -129,10 +130,10 @@ def make_dit(batch: int, device: torch.device, is_tiny: bool) -> Subject:
         labels = torch.randint(NUM_CLASSES, (batch,))
         # the null class of guidance
         labels[batch // 2 :] = NUM_CLASSES
-    shape = dit_shape(
-        batch=batch, num_layers=layers, hidden=heads * head_dim, heads=heads,
-        mlp=4 * heads * head_dim, image_tokens=(side // 2) ** 2,
-    )  # fmt: skip
+    sizes = Sizes({"transformer_blocks": layers}, heads * head_dim, heads, 4 * heads * head_dim)
+    shape = model_shape(
+        SPECS["DiTTransformer2DModel"], sizes, batch=batch, image_tokens=(side // 2) ** 2
+    )
     named = {"class_labels": labels}
     return Subject(_finish(transformer), shape, shape, latents, named, DDIMScheduler())
 
@@ -157,9 +158,10 @@ def make_pixart(batch: int, device: torch.device, is_tiny: bool) -> Subject:
             "encoder_attention_mask": (torch.arange(padded) < text_tokens).repeat(batch, 1).long(),
             "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
         }
-    shape = pixart_shape(
-        batch=batch, num_layers=layers, hidden=heads * head_dim, heads=heads,
-        mlp=4 * heads * head_dim, image_tokens=(side // 2) ** 2, text_tokens=text_tokens,
+    sizes = Sizes({"transformer_blocks": layers}, heads * head_dim, heads, 4 * heads * head_dim)
+    shape = model_shape(
+        SPECS["PixArtTransformer2DModel"], sizes, batch=batch, image_tokens=(side // 2) ** 2,
+        text_tokens=text_tokens,
     )  # fmt: skip
     scheduler = DPMSolverMultistepScheduler()
     return Subject(_finish(transformer), shape, shape, latents, named, scheduler)
@@ -190,13 +192,15 @@ def make_flux(batch: int, device: torch.device, is_tiny: bool) -> Subject:
             "txt_ids": torch.zeros(text_tokens, 3, dtype=torch.float32),
             "guidance": torch.full((batch,), 3.5, dtype=torch.float32),
         }
-    sizes = {
-        "batch": batch, "num_double": doubles, "num_single": singles, "hidden": heads * head_dim,
-        "heads": heads, "mlp": 4 * heads * head_dim, "image_tokens": side * side,
-        "text_tokens": text_tokens,
-    }  # fmt: skip
-    published_shape = flux_shape(**sizes, projects_again=True)
+    spec = SPECS["FluxTransformer2DModel"]
+    blocks = {"transformer_blocks": doubles, "single_transformer_blocks": singles}
+    sizes = Sizes(blocks, heads * head_dim, heads, 4 * heads * head_dim)
+    shape, published_shape = (
+        model_shape(
+            spec, sizes, batch=batch, image_tokens=side * side, text_tokens=text_tokens,
+            projects_again=projects_again,
+        )
+        for projects_again in (False, True)
+    )  # fmt: skip
     scheduler = FlowMatchEulerDiscreteScheduler()
-    return Subject(
-        _finish(transformer), flux_shape(**sizes), published_shape, latents, named, scheduler, 1000
-    )
+    return Subject(_finish(transformer), shape, published_shape, latents, named, scheduler, 1000)

@@ -17,7 +17,8 @@ from tokencache_kernels.integrations.diffusers import (
     count_graph_steps,
     reset_token_cache,
 )
-from tokencache_kernels.policies import MODELS, ToCaConfig, make_plan
+from tokencache_kernels.models import PUBLISHED
+from tokencache_kernels.policies import ToCaConfig, make_plan, published_shape
 from tokencache_kernels.testing import Tape
 
 CPU = torch.device("cpu")
@@ -105,8 +106,8 @@ def test_the_models_are_of_full_size(make, name, parameters):
     assert sum(weight.numel() for weight in weights) == pytest.approx(parameters, rel=0.01)
     assert {weight.dtype for weight in weights} == {torch.bfloat16}
     assert not any(weight.requires_grad for weight in weights)
-    assert subject.shape == MODELS[name].shape(batch=2)
-    assert subject.published_shape == MODELS[name].shape(batch=2, as_published=True)
+    assert subject.shape == published_shape(PUBLISHED[name], batch=2)
+    assert subject.published_shape == published_shape(PUBLISHED[name], batch=2, as_published=True)
 
 
 def test_copies_share_weights_but_not_hooks(case):

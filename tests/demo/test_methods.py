@@ -4,7 +4,10 @@ import torch
 from tokencache_kernels.demo.methods import applied, parse_method, parse_those_trained
 from tokencache_kernels.demo.model import SHAPE, load_model
 from tokencache_kernels.demo.sampling import sample
-from tokencache_kernels.policies import SHAPES, Action, Site, Step
+from tokencache_kernels.models import PUBLISHED
+from tokencache_kernels.policies import Action, Site, Step, published_shape
+
+DEMO = published_shape(PUBLISHED["demo"])
 
 
 @pytest.mark.parametrize(
@@ -68,10 +71,10 @@ def test_what_is_trained_for_other_steps_is_refused_or_left_out(capsys):
 
 
 def test_the_shape_that_flops_are_counted_for_is_the_models():
-    stack = SHAPES["demo"].stacks[0]
+    stack = DEMO.stacks[0]
 
     assert stack.num_layers == SHAPE["num_layers"]
-    assert SHAPES["demo"].hidden == SHAPE["num_attention_heads"] * SHAPE["attention_head_dim"]
+    assert DEMO.hidden == SHAPE["num_attention_heads"] * SHAPE["attention_head_dim"]
     assert stack.modules[0].num_tokens == (SHAPE["sample_size"] // SHAPE["patch_size"]) ** 2
 
 

@@ -8,7 +8,8 @@ import pytest
 from tokencache_kernels.commands.cli import main
 from tokencache_kernels.demo.model import SHAPE, WEIGHTS
 from tokencache_kernels.demo.train_tokencache import PREDICTOR
-from tokencache_kernels.policies import SHAPES, TokenCacheConfig, load_predictor, make_plan
+from tokencache_kernels.models import PUBLISHED
+from tokencache_kernels.policies import TokenCacheConfig, load_predictor, make_plan, published_shape
 
 
 def train(weights, out, steps, *options):
@@ -68,4 +69,4 @@ def test_the_predictor_that_ships_is_for_the_model_that_ships():
     scores = predictor.logits.sigmoid().mean(dim=(0, 1)).unflatten(0, (16, 16))
     assert scores[5:11, 5:11].mean() > 1.5 * scores[[0, 0, -1, -1], [0, -1, 0, -1]].mean()
     policy = TokenCacheConfig(predictor, 50)
-    assert make_plan(policy, SHAPES["demo"]).flops_ratio > 1.4
+    assert make_plan(policy, published_shape(PUBLISHED["demo"])).flops_ratio > 1.4

@@ -15,15 +15,16 @@ from tokencache_kernels.integrations.diffusers import (
     token_cache_context,
 )
 from tokencache_kernels.integrations.diffusers.interception import interceptor_of
+from tokencache_kernels.models import SPECS, Sizes
 from tokencache_kernels.policies import (
     FactorRouter,
     IntervalSchedule,
     ScoreSelector,
     ToCaConfig,
     cache_bytes,
-    flux_shape,
     fora,
     make_plan,
+    model_shape,
     random_tokens,
 )
 from tokencache_kernels.testing import randn, tiny_flux
@@ -421,10 +422,11 @@ def test_the_cache_takes_the_bytes_that_the_plan_says(device):
     model, policy = tiny_flux().to(device), toca()
     apply_token_cache(model, policy)
     run(model)
-    shape = flux_shape(
-        batch=2, num_double=2, num_single=3, hidden=WIDTH, heads=HEADS, mlp=4 * WIDTH,
-        image_tokens=12, text_tokens=5,
-    )  # fmt: skip
+    layers = {"transformer_blocks": 2, "single_transformer_blocks": 3}
+    sizes = Sizes(layers, WIDTH, HEADS, 4 * WIDTH)
+    shape = model_shape(
+        SPECS["FluxTransformer2DModel"], sizes, batch=2, image_tokens=12, text_tokens=5
+    )
     runner = runner_of(model)
     tokens = [selection.tokens for selection in runner._selections]
 

@@ -11,6 +11,7 @@ from tokencache_kernels.learn.train_predictor import (
     make_content_predictor,
     make_table_predictor,
 )
+from tokencache_kernels.models import SPECS, Sizes
 from tokencache_kernels.policies import (
     REUSE,
     Action,
@@ -21,8 +22,8 @@ from tokencache_kernels.policies import (
     TokenCacheConfig,
     TwoPhaseSchedule,
     cache_bytes,
-    dit_shape,
     make_plan,
+    model_shape,
 )
 from tokencache_kernels.testing import randn, tiny_dit
 
@@ -284,7 +285,8 @@ def test_the_cache_of_a_run_is_as_large_as_the_plan_says(variant):
     runner = interceptor_of(model).session.passes()[0][1].runner
     (selection,) = runner._selections
 
-    shape = dit_shape(image_tokens=TOKENS, num_layers=LAYERS, hidden=24, heads=3, mlp=96)
+    sizes = Sizes({"transformer_blocks": LAYERS}, 24, 3, 96)
+    shape = model_shape(SPECS["DiTTransformer2DModel"], sizes, batch=2, image_tokens=TOKENS)
     assert cache_bytes(make_plan(policy, shape), shape, 4) == {
         "features": sum(buffer.nbytes for (buffer,) in runner.features._buffers.values()),
         "staleness": selection.tokens.staleness.nbytes,

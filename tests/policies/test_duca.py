@@ -1,7 +1,7 @@
 import pytest
 
+from tokencache_kernels.models import PUBLISHED
 from tokencache_kernels.policies import (
-    SHAPES,
     Action,
     DuCaConfig,
     PercentileSchedule,
@@ -11,7 +11,10 @@ from tokencache_kernels.policies import (
     Step,
     ToCaConfig,
     make_plan,
+    published_shape,
 )
+
+DIT_XL = published_shape(PUBLISHED["dit-xl"])
 
 KINDS = {Action.FULL: "F", Action.PARTIAL: "p", Action.REUSE: "r", Action.SKIP: "a"}
 
@@ -43,7 +46,7 @@ def test_cross_attention_has_cycles_of_its_own_but_shares_the_aggressive_steps()
 
 def test_the_published_total_of_dit():
     """Mixed steps are partial: block 0 is full in them."""
-    plan = make_plan(DuCaConfig.preset("dit-xl-ddim50", mixed_steps=True), SHAPES["dit-xl"])
+    plan = make_plan(DuCaConfig.preset("dit-xl-ddim50", mixed_steps=True), DIT_XL)
 
     assert plan.flops_ratio == pytest.approx(2.49, rel=0.006)
     assert plan.flops / 1e12 == pytest.approx(9.54, rel=0.006)

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from tokencache_kernels.policies import SHAPES, Action, Site, Step, make_plan
+from tokencache_kernels import models
+from tokencache_kernels.policies import Action, Site, Step, make_plan, published_shape
 from tokencache_kernels.policies.learning_to_cache import (
     ROUTER_PRESETS,
     CacheRouter,
@@ -90,7 +91,9 @@ def test_the_published_routers_save_the_published_arithmetic(tmp_path, preset, r
     logits, _ = make_published(preset, *counts)
     torch.save(logits, tmp_path / "a.pt")
 
-    plan = make_plan(import_router(tmp_path / "a.pt", preset), SHAPES["dit-xl"])
+    plan = make_plan(
+        import_router(tmp_path / "a.pt", preset), published_shape(models.PUBLISHED["dit-xl"])
+    )
 
     assert abs(plan.flops_ratio - ratio) < 0.003
 

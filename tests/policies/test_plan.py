@@ -5,28 +5,28 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tokencache_kernels.models import PUBLISHED, SPECS, Sizes
 from tokencache_kernels.policies import (
-    SHAPES,
     Action,
     DuCaConfig,
     Site,
     Taylor,
     ToCaConfig,
     cache_bytes,
-    dit_shape,
-    flux_shape,
     fora,
     make_plan,
-    pixart_shape,
+    model_shape,
+    published_shape,
     random_tokens,
     taylor_seer,
 )
 
-DIT = SHAPES["dit-xl"]
-PIXART = SHAPES["pixart-alpha"]
-OPENSORA = SHAPES["opensora"]
-FLUX = flux_shape(projects_again=True)
-DEMO = SHAPES["demo"]
+DIT = published_shape(PUBLISHED["dit-xl"])
+PIXART = published_shape(PUBLISHED["pixart-alpha"])
+OPENSORA = published_shape(PUBLISHED["opensora"])
+FLUX = published_shape(PUBLISHED["flux-1-dev"], as_published=True)
+DEMO = published_shape(PUBLISHED["demo"])
+SHAPES = {name: published_shape(model) for name, model in PUBLISHED.items()}
 MIB = 2**20
 
 
@@ -104,7 +104,9 @@ def test_the_demo_model_saves_what_larger_ones_save():
 
 def test_projecting_once_per_cycle_saves_a_quarter_of_a_partial_flux_step():
     policy = preset("flux-1-dev")
-    published, ours = (make_plan(policy, shape).steps[7].flops for shape in (FLUX, flux_shape()))
+    published, ours = (
+        make_plan(policy, shape).steps[7].flops for shape in (FLUX, SHAPES["flux-1-dev"])
+    )
 
     assert published / 1e12 == pytest.approx(6.141, rel=0.005)
     assert (published - ours) / 1e12 == pytest.approx(1.652, rel=0.001)
@@ -137,7 +139,7 @@ def test_fora_costs_its_full_steps(shape):
 def test_all_tokens_fresh_cost_a_full_step_without_self_attention(shape):
     step = make_plan(ToCaConfig.constant(1.0, 2, 2), shape).steps[1]
     self_attention = shape.batch * sum(
-        stack.num_layers * module.flops_full
+        len(stack.sites(module)) * module.flops_full
         for stack in shape.stacks
         for module in stack.modules
         if module.name == "attn"
@@ -209,7 +211,8 @@ def test_the_cache_of_a_run_is_as_large_as_the_plan_says(policy):
     runner = runner_of(model)
     states = [selection.tokens for selection in runner._selections]
 
-    shape = dit_shape(image_tokens=16, num_layers=3, hidden=24, heads=3, mlp=96)
+    sizes = Sizes({"transformer_blocks": 3}, 24, 3, 96)
+    shape = model_shape(SPECS["DiTTransformer2DModel"], sizes, batch=2, image_tokens=16)
     sizes = cache_bytes(make_plan(policy, shape), shape, 4)
     assert sizes["features"] + sizes.get("differences", 0) == num_bytes(runner.features)
     assert sizes.get("output", 0) == num_bytes(runner._outputs)
@@ -244,10 +247,10 @@ def test_flux_keeps_what_the_plan_says_and_nothing_that_is_not_read(policy):
         )  # fmt: skip
     features = runner_of(model).features
 
-    shape = flux_shape(
-        batch=2, num_double=2, num_single=3, hidden=24, heads=2, mlp=96, image_tokens=6,
-        text_tokens=5,
-    )  # fmt: skip
+    sizes = Sizes({"transformer_blocks": 2, "single_transformer_blocks": 3}, 24, 2, 96)
+    shape = model_shape(
+        SPECS["FluxTransformer2DModel"], sizes, batch=2, image_tokens=6, text_tokens=5
+    )
     plan = make_plan(policy, shape)
     sizes = cache_bytes(plan, shape, 4)
     assert sizes["features"] + sizes.get("differences", 0) == num_bytes(features)
@@ -278,7 +281,10 @@ def test_pixart_keeps_the_keys_of_its_text_where_the_plan_says(policy):
         )  # fmt: skip
     runner = runner_of(model)
 
-    shape = pixart_shape(image_tokens=16, num_layers=3, hidden=24, heads=3, mlp=96, text_tokens=7)
+    sizes = Sizes({"transformer_blocks": 3}, 24, 3, 96)
+    shape = model_shape(
+        SPECS["PixArtTransformer2DModel"], sizes, batch=2, image_tokens=16, text_tokens=7
+    )
     sizes = cache_bytes(make_plan(policy, shape), shape, 4)
     assert sizes.get("text", 0) == num_bytes(runner._once)
     assert sizes["features"] == num_bytes(runner.features)

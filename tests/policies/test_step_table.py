@@ -2,6 +2,7 @@ import json
 
 import pytest
 
+from tokencache_kernels.models import PUBLISHED
 from tokencache_kernels.policies import (
     Action,
     LearningToCacheConfig,
@@ -13,10 +14,12 @@ from tokencache_kernels.policies import (
     load_policy,
     load_table,
     make_plan,
+    published_shape,
     save_router,
     save_table,
 )
-from tokencache_kernels.policies.models import SHAPES
+
+DEMO = published_shape(PUBLISHED["demo"])
 
 SITE = Site("main", 0, "mlp")
 
@@ -59,7 +62,7 @@ def test_a_table_is_a_policy_that_plans_can_count():
         index in table.full_steps for index in range(6)
     ]
     assert set(actions) == {Action.FULL, Action.SKIP}
-    assert make_plan(table, SHAPES["demo"]).flops_ratio == table.flops_ratio == 2
+    assert make_plan(table, DEMO).flops_ratio == table.flops_ratio == 2
 
 
 def test_a_table_is_the_same_after_a_file(tmp_path):

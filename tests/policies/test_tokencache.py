@@ -3,8 +3,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tokencache_kernels.models import PUBLISHED
 from tokencache_kernels.policies import (
-    SHAPES,
     Action,
     ContentPredictor,
     Decision,
@@ -19,8 +19,11 @@ from tokencache_kernels.policies import (
     choose_blocks,
     count_fresh_tokens,
     make_plan,
+    published_shape,
 )
 from tokencache_kernels.testing import randn
+
+DEMO = published_shape(PUBLISHED["demo"])
 
 ANY = Site("main", 1, "mlp")
 STEPS, LAYERS, TOKENS = 12, 6, 256
@@ -164,7 +167,7 @@ def test_attention_and_mlp_of_a_block_share_one_decision():
 
 
 def test_full_steps_are_those_of_the_schedule():
-    plan = make_plan(config(schedule=TwoPhaseSchedule(3, 2, 0.5)), SHAPES["demo"])
+    plan = make_plan(config(schedule=TwoPhaseSchedule(3, 2, 0.5)), DEMO)
 
     assert plan.full_steps == (0, 4, 6, 9)
 
@@ -179,14 +182,14 @@ def test_full_steps_are_those_of_the_schedule():
 )
 def test_partial_attention_costs_what_its_variant_does(variant, flops):
     k, N, D, heads = 48, TOKENS, 128, 4
-    (module,) = [module for module in SHAPES["demo"].stacks[0].modules if module.name == "attn"]
+    (module,) = [module for module in DEMO.stacks[0].modules if module.name == "attn"]
 
     softmax = 5 * heads * k * (k if variant == "sel_only" else N)
     assert module.flops(Decision(Action.PARTIAL, k, variant)) == flops(k, N, D) + softmax
 
 
 def test_attention_of_all_tokens_costs_as_much_as_in_full():
-    (module,) = [module for module in SHAPES["demo"].stacks[0].modules if module.name == "attn"]
+    (module,) = [module for module in DEMO.stacks[0].modules if module.name == "attn"]
 
     for variant in ("kv_all", "kv_cache", "sel_only"):
         assert module.flops(Decision(Action.PARTIAL, TOKENS, variant)) == module.flops_full
@@ -197,7 +200,7 @@ def test_the_plan_counts_the_predictor_in_the_steps_that_ask_it():
     made.importance.copy_(predictor().importance)
     schedule = TwoPhaseSchedule(3, 2, 0.5)
     plans = [
-        make_plan(TokenCacheConfig(one, STEPS, schedule=schedule), SHAPES["demo"])
+        make_plan(TokenCacheConfig(one, STEPS, schedule=schedule), DEMO)
         for one in (made, predictor())
     ]
 

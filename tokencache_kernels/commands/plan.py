@@ -8,21 +8,23 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ..models import PUBLISHED, Published
 from ..policies import (
-    MODELS,
     DuCaConfig,
-    Model,
     Plan,
     Policy,
+    RandomSelector,
     StepPlan,
     ToCaConfig,
     TokenCacheConfig,
     cache_bytes,
+    count_modulation,
     fora,
     load_predictor,
     load_router,
     make_plan,
     published_cache_bytes,
+    published_shape,
     taylor_seer,
 )
 
@@ -38,39 +40,69 @@ _OPTIONS = {
 _ELEMENT_SIZES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
-def _toca(model: Model, preset: str | None = None, **settings: Any) -> Policy:
-    return ToCaConfig.preset(preset or model.preset, num_layers=model.preset_layers, **settings)
+# where nothing is published for a model: --steps, --refresh-interval, --fresh-ratio
+_STEPS, _INTERVAL, _RATIO = 50, 3, 0.1
+
+
+def _toca(
+    model: Published,
+    preset: str | None = None,
+    num_inference_steps: int | None = None,
+    refresh_interval: int | None = None,
+    fresh_ratio: float | None = None,
+    seed: int | None = None,
+    mixed_steps: bool = False,
+) -> ToCaConfig:
+    name = preset or model.preset
+    if name:
+        return ToCaConfig.preset(
+            name, num_layers=model.preset_layers, num_inference_steps=num_inference_steps,
+            refresh_interval=refresh_interval, fresh_ratio=fresh_ratio, seed=seed,
+            mixed_steps=mixed_steps,
+        )  # fmt: skip
+    return ToCaConfig.constant(
+        _RATIO if fresh_ratio is None else fresh_ratio,
+        _INTERVAL if refresh_interval is None else refresh_interval,
+        _STEPS if num_inference_steps is None else num_inference_steps,
+        selector=None if seed is None else RandomSelector(seed),
+    )
+
+
+def _steps(model: Published, num_inference_steps: int | None) -> int:
+    if num_inference_steps is not None:
+        return num_inference_steps
+    return _toca(model).num_inference_steps
 
 
 def _fora(
-    model: Model,
+    model: Published,
     num_inference_steps: int | None = None,
     refresh_interval: int = 3,
     mixed_steps: bool = False,
 ) -> Policy:
-    steps = _toca(model).num_inference_steps if num_inference_steps is None else num_inference_steps
-    return fora(refresh_interval, steps)
+    return fora(refresh_interval, _steps(model, num_inference_steps))
 
 
-def _duca(model: Model, **settings: Any) -> Policy:
+def _duca(model: Published, **settings: Any) -> Policy:
+    if not model.preset:
+        return DuCaConfig(_toca(model, **settings))
     return DuCaConfig.preset(model.preset, num_layers=model.preset_layers, **settings)
 
 
 def _taylor_seer(
-    model: Model,
+    model: Published,
     num_inference_steps: int | None = None,
     refresh_interval: int = 5,
     forecast_order: int = 2,
 ) -> Policy:
-    steps = _toca(model).num_inference_steps if num_inference_steps is None else num_inference_steps
-    return taylor_seer(refresh_interval, steps, forecast_order)
+    return taylor_seer(refresh_interval, _steps(model, num_inference_steps), forecast_order)
 
 
-def _l2c(model: Model, trained: Path) -> Policy:
+def _l2c(model: Published, trained: Path) -> Policy:
     return load_router(trained)
 
 
-def _tokencache(model: Model, trained: Path) -> Policy:
+def _tokencache(model: Published, trained: Path) -> Policy:
     predictor = load_predictor(trained)
     return TokenCacheConfig(predictor, predictor.num_steps)
 
@@ -103,9 +135,10 @@ _POLICIES = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The model, the picture and the policy."""
-    parser.add_argument("--model", required=True, choices=MODELS)
+    parser.add_argument("--model", required=True, choices=PUBLISHED)
     parser.add_argument("--height", type=int, help="of the picture in pixels")
     parser.add_argument("--width", type=int, help="of the picture in pixels")
+    parser.add_argument("--frames", type=int, help="of a video's latents")
     parser.add_argument("--text-tokens", type=int, help="the length of the prompt")
     parser.add_argument(
         "--batch", type=int, help="rows of a forward; guidance doubles the pictures"
@@ -132,19 +165,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Print the steps, then the totals: ours, and the published code's where there is one."""
-    model, row = MODELS[options.model], _POLICIES[options.policy]
-    picture = {name: getattr(options, name) for name in ("height", "width", "text_tokens", "batch")}
+    model, row = PUBLISHED[options.model], _POLICIES[options.policy]
+    names = ("height", "width", "frames", "text_tokens", "batch")
+    picture = {name: getattr(options, name) for name in names}
     settings = _given_settings(options, row)
     dtype = options.dtype or model.dtype
     size = _ELEMENT_SIZES[dtype]
 
-    shape = model.shape(**picture)
+    shape = published_shape(model, **picture)
     plan = make_plan(row.build(model, **settings), shape)
     columns = {"ours": _totals(plan, cache_bytes(plan, shape, size))}
-    if row.is_published and model.published is not None:
-        shape = model.shape(**picture, as_published=True)
+    if row.is_published and model.code is not None:
+        shape = published_shape(model, **picture, as_published=True)
         published = make_plan(row.build(model, **settings, mixed_steps=True), shape)
-        memory = published_cache_bytes(model.published, shape, size)
+        memory = published_cache_bytes(model.code, shape, size)
         columns = {"published": _totals(published, memory), **columns}
         plan = published if options.published else plan
     elif options.published:
@@ -152,11 +186,24 @@ def run(options: argparse.Namespace) -> int:
 
     print(
         f"{options.model} under {options.policy}: {len(plan.steps)} steps, {shape.batch} in a "
-        f"batch, {dtype}; the tokens computed in each, layer by layer\n"
+        f"batch, {dtype}; the tokens computed in each, layer by layer"
     )
+    print(_describe_modulation(model, size))
     print("\n".join(describe_steps(plan)) + "\n")
     _print_columns(columns)
     return 0
+
+
+def _describe_modulation(model: Published, element_size: int) -> str:
+    """Say which weights ``precompute_modulation`` frees."""
+    count = count_modulation(model.spec, model.sizes)
+    if not count:
+        return ""
+    share = f", {count / model.parameters:.1%} of all" if model.parameters else ""
+    return (
+        f"precompute_modulation: {count / 1e6:.0f} million weights, "
+        f"{count * element_size / 1e9:.2f} GB, may leave the device between runs{share}\n"
+    )
 
 
 def _given_settings(options: argparse.Namespace, row: _Row) -> dict[str, Any]:

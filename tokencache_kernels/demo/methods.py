@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
+from ..models import PUBLISHED
 from ..policies import (
-    SHAPES,
     DuCaConfig,
     FactorRouter,
     LearningToCacheConfig,
@@ -31,6 +31,7 @@ from ..policies import (
     load_router,
     load_table,
     make_plan,
+    published_shape,
     taylor_seer,
 )
 from ..policies.learning_to_cache import MAX_LOGIT, list_cached_counters
@@ -62,7 +63,7 @@ class Method:
             return self.dense_steps / self.steps
         if isinstance(self.policy, TokenSteps):
             return self.policy.flops_ratio
-        return make_plan(self.policy, SHAPES["demo"]).flops_ratio
+        return make_plan(self.policy, published_shape(PUBLISHED["demo"])).flops_ratio
 
 
 def parse_method(name: str, steps: int) -> Method:

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from ._joint import joint_parts
+from .sizes import Published, PublishedCode, Sizes
 from .spec import (
     Layers,
     Mlp,
@@ -118,3 +119,22 @@ FLUX2 = ModelSpec(
     ),
     notes="single blocks are reused or computed as a whole",
 )
+
+_LAYERS = {"transformer_blocks": 19, "single_transformer_blocks": 38}
+_SIZES = Sizes(_LAYERS, 3072, 24, 12288)
+PUBLISHED = (
+    Published(
+        "flux-1-dev", FLUX, _SIZES, text_tokens=512, parameters=11_901_408_320,
+        preset="flux-1-dev",
+        code=PublishedCode(("attn",), False, unread_width=12288, projects_again=True),
+    ),
+    Published("chroma", CHROMA, _SIZES, text_tokens=512, parameters=8_899_983_424),
+    Published(
+        "flux-2-dev", FLUX2,
+        Sizes(
+            {"transformer_blocks": 8, "single_transformer_blocks": 48}, 6144, 48, 18432,
+            is_gated=True, extra={"single_transformer_blocks": 18432},
+        ),
+        text_tokens=512, parameters=32_223_281_152,
+    ),
+)  # fmt: skip

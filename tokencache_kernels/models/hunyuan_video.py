@@ -1,6 +1,7 @@
 """HunyuanVideo and HunyuanVideo 1.5: video, blocks of two streams; the text's tokens come last."""
 
 from ._joint import joint_parts
+from .sizes import Published, Sizes
 from .spec import ModelSpec, Modulation, Norm, Parallel, Stack, Vectors
 
 _STREAMS = ("hidden_states", "encoder_hidden_states")
@@ -62,3 +63,16 @@ HUNYUAN_VIDEO_15 = ModelSpec(
     embedders=("time_embed",),
     norm_out="norm_out",
 )
+
+# 720p, of five seconds
+PUBLISHED = (
+    Published(
+        "hunyuan-video", HUNYUAN_VIDEO,
+        Sizes({"transformer_blocks": 20, "single_transformer_blocks": 40}, 3072, 24, 12288),
+        height=720, width=1280, frames=33, text_tokens=256, parameters=12_821_012_544,
+    ),
+    Published(
+        "hunyuan-video-1.5", HUNYUAN_VIDEO_15, Sizes({"transformer_blocks": 54}, 2048, 16, 8192),
+        height=720, width=1280, frames=31, text_tokens=1000, parameters=8_326_608_160,
+    ),
+)  # fmt: skip

@@ -1,5 +1,6 @@
 """Models with blocks of one stream, and some whose blocks run as they are."""
 
+from .sizes import Published, Sizes
 from .spec import (
     JOINT,
     NO_NORM,
@@ -187,3 +188,28 @@ LATTE = ModelSpec(
     conditioning=("encoder_hidden_states", "encoder_attention_mask"),
     notes="temporal blocks are not cached",
 )
+
+PUBLISHED = (
+    Published(
+        "cogvideox-5b", COGVIDEOX, Sizes({"transformer_blocks": 42}, 3072, 48, 12288),
+        batch=2, height=480, width=720, frames=13, text_tokens=226, parameters=5_570_283_072,
+    ),
+    Published(
+        "ltx-video", LTX, Sizes({"transformer_blocks": 28}, 2048, 32, 8192),
+        batch=2, height=512, width=704, frames=21, text_tokens=128, pixels_per_token=32,
+        parameters=1_923_385_472,
+    ),
+    Published(
+        "lumina-2", LUMINA2,
+        Sizes(
+            {"layers": 26}, 2304, 24, 9216, is_gated=True, key_width=768, embedding=1024,
+            holds_text=True,
+        ),
+        text_tokens=256, parameters=2_606_818_752,
+    ),
+    Published(
+        "z-image", Z_IMAGE,
+        Sizes({"layers": 30}, 3840, 30, 10240, is_gated=True, embedding=256, holds_text=True),
+        text_tokens=512, parameters=6_154_908_736,
+    ),
+)  # fmt: skip

@@ -1,5 +1,6 @@
 """PixArt-alpha (arXiv:2310.00426) and -Sigma: one stream, with cross-attention to a text."""
 
+from .sizes import Published, PublishedCode, Sizes
 from .spec import (
     NO_NORM,
     CrossAttention,
@@ -37,3 +38,12 @@ PIXART = ModelSpec(
     modulated_by=("added_cond_kwargs",),
     embedders=("adaln_single",),
 )
+
+# the length of the prompt is the one that published totals imply
+PUBLISHED = (
+    Published(
+        "pixart-alpha", PIXART, Sizes({"transformer_blocks": 28}, 1152, 16, 4608),
+        batch=2, height=256, width=256, text_tokens=20, dtype="float16", parameters=610_856_096,
+        preset="pixart-alpha", code=PublishedCode(("attn", "cross")),
+    ),
+)  # fmt: skip

@@ -1,6 +1,7 @@
 """Qwen-Image and Qwen-Image-Edit: blocks of two streams with a modulation of their own each."""
 
 from ._joint import joint_parts
+from .sizes import Published, Sizes
 from .spec import ModelSpec, Stack, Vectors
 
 QWEN_IMAGE = ModelSpec(
@@ -34,3 +35,10 @@ QWEN_IMAGE = ModelSpec(
     embedders=("time_text_embed",),
     norm_out="norm_out",
 )
+
+PUBLISHED = (
+    Published(
+        "qwen-image", QWEN_IMAGE, Sizes({"transformer_blocks": 60}, 3072, 24, 12288),
+        text_tokens=512, parameters=20_430_401_088,
+    ),
+)  # fmt: skip

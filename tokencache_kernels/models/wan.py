@@ -1,5 +1,6 @@
 """Wan 2.1 and 2.2: video, one stream, self-attention, cross-attention to a text, MLP."""
 
+from .sizes import Published, Sizes
 from .spec import (
     CrossAttention,
     Grid,
@@ -38,3 +39,15 @@ WAN = ModelSpec(
     grid=Grid(is_video=True),
     embedders=("condition_embedder.time_embedder", "condition_embedder.time_proj"),
 )
+
+# 480p, of five seconds
+PUBLISHED = (
+    Published(
+        "wan-2.1-14b", WAN, Sizes({"blocks": 40}, 5120, 40, 13824),
+        height=480, width=832, frames=21, text_tokens=512, parameters=14_288_491_584,
+    ),
+    Published(
+        "wan-2.1-1.3b", WAN, Sizes({"blocks": 30}, 1536, 12, 8960),
+        height=480, width=832, frames=21, text_tokens=512, parameters=1_418_996_800,
+    ),
+)  # fmt: skip

@@ -12,8 +12,7 @@ from .learning_to_cache import (
     load_router,
     save_router,
 )
-from .models import MODELS, SHAPES, Model, PublishedCode, published_cache_bytes
-from .plan import Plan, StepPlan, cache_bytes, make_plan
+from .plan import Plan, StepPlan, cache_bytes, make_plan, published_cache_bytes
 from .predictors import (
     ContentPredictor,
     Predictor,
@@ -27,13 +26,13 @@ from .run_plan import LayerGroup, RunPlan
 from .schedules import AdaptiveSchedule, IntervalSchedule, LastStepFull, Schedule, StepSchedule
 from .selectors import RandomSelector, ScoreSelector, Selector
 from .shapes import (
+    Costs,
     ModelShape,
     ModuleShape,
     StackShape,
-    dit_shape,
-    flux_shape,
-    opensora_shape,
-    pixart_shape,
+    count_modulation,
+    model_shape,
+    published_shape,
 )
 from .step_table import StepTable, load_policy, load_table, save_table
 from .toca import ToCaConfig, fora, random_tokens, taylor_seer
@@ -47,16 +46,15 @@ from .tokencache import (
 )
 
 __all__ = [
-    "MODELS",
     "REUSE",
     "ROUTER_PRESETS",
-    "SHAPES",
     "Action",
     "AdaptiveSchedule",
     "CacheRouter",
     "Carrier",
     "Chebyshev",
     "ContentPredictor",
+    "Costs",
     "Decision",
     "DuCaConfig",
     "FactorRouter",
@@ -65,7 +63,6 @@ __all__ = [
     "LastStepFull",
     "LayerGroup",
     "LearningToCacheConfig",
-    "Model",
     "ModelShape",
     "ModuleShape",
     "Newton",
@@ -73,7 +70,6 @@ __all__ = [
     "Plan",
     "Policy",
     "Predictor",
-    "PublishedCode",
     "RandomSelector",
     "Router",
     "RouterPreset",
@@ -97,8 +93,7 @@ __all__ = [
     "choose_blocks",
     "count_fresh",
     "count_fresh_tokens",
-    "dit_shape",
-    "flux_shape",
+    "count_modulation",
     "fora",
     "hsa",
     "import_router",
@@ -109,9 +104,9 @@ __all__ = [
     "load_router",
     "load_table",
     "make_plan",
-    "opensora_shape",
-    "pixart_shape",
+    "model_shape",
     "published_cache_bytes",
+    "published_shape",
     "random_tokens",
     "rank_scores",
     "save_predictor",

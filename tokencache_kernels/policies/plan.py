@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from ..models import PublishedCode
 from .decisions import Action, Decision, Policy, Site
 from .run_plan import LayerGroup, RunPlan
 from .shapes import ModelShape
@@ -73,12 +74,15 @@ class Plan:
 def make_plan(policy: Policy, shape: ModelShape) -> Plan:
     """Plan a run of ``policy`` on a model of this shape, and count its FLOPs."""
     run = RunPlan(policy, layer_groups(shape))
-    shapes = {(stack.stream, one.name): one for stack in shape.stacks for one in stack.modules}
+    shapes = {
+        site: module
+        for stack in shape.stacks
+        for module in stack.modules
+        for site in stack.sites(module)
+    }
     steps = []
     for index, decisions in enumerate(run.decisions):
-        flops = sum(
-            shapes[site.stream, site.module].flops(decision) for site, decision in decisions.items()
-        )
+        flops = sum(shapes[site].flops(decision) for site, decision in decisions.items())
         if policy.predictor is not None and run.selects(index):
             flops += policy.predictor.flops
         steps.append(StepPlan(decisions, shape.batch * flops))
@@ -89,16 +93,14 @@ def layer_groups(shape: ModelShape) -> tuple[LayerGroup, ...]:
     """The cached modules of a model of this shape."""
     return tuple(
         LayerGroup(
-            tuple(Site(stack.stream, layer, module.name) for layer in range(stack.num_layers)),
+            stack.sites(module),
             module.num_tokens,
             is_whole=module.is_whole,
-            # an MLP is selected by the scores of a module before it in its block
-            shares_scores=module.name == "mlp"
-            and not all(other.is_whole for other in stack.modules[:index]),
+            shares_scores=module.shares_scores,
             read_by=module.read_by,
         )
         for stack in shape.stacks
-        for index, module in enumerate(stack.modules)
+        for module in stack.modules
     )
 
 
@@ -121,12 +123,11 @@ def cache_bytes(plan: Plan, shape: ModelShape, element_size: int) -> dict[str, i
     for stack in shape.stacks:
         for module in stack.modules:
             buffer = module.num_tokens * token_bytes
-            for layer in range(stack.num_layers):
-                site = Site(stack.stream, layer, module.name)
+            for site in stack.sites(module):
                 stored = run.storage(site)
                 sizes["features"] += buffer * (stored.features + stored.keys)
                 differences += buffer * stored.differences
-                if module.name == "cross" and Action.PARTIAL in run.actions(site):
+                if module.keeps_text and Action.PARTIAL in run.actions(site):
                     text += 2 * module.num_keys * token_bytes
     for selection in run.selections:
         rows = 4 * len(selection.group.sites) * shape.batch * selection.group.num_tokens
@@ -139,3 +140,30 @@ def cache_bytes(plan: Plan, shape: ModelShape, element_size: int) -> dict[str, i
     if run.has_skips:
         sizes["output"] = shape.output_tokens * token_bytes
     return sizes
+
+
+def published_cache_bytes(
+    code: PublishedCode, shape: ModelShape, element_size: int
+) -> dict[str, int]:
+    """Count the bytes that the published code of ToCa takes for one batch, by their use.
+
+    ``features``, ``staleness`` and ``scores`` as in ``cache_bytes``, the scores being what is kept
+    of the attention maps; ``maps``: the map of one layer while a full step is under way.
+    """
+    features = staleness = scores = maps = 0
+    for stack in shape.stacks:
+        # a parallel block keeps the hidden features of its MLP
+        is_parallel = any(module.read_by for module in stack.modules)
+        for module in stack.modules:
+            rows = shape.batch * module.num_tokens
+            layers = len(stack.sites(module)) * rows
+            is_unread = is_parallel and module.name == "mlp"
+            width = shape.hidden + (code.unread_width if is_unread else 0)
+            features += layers * width * element_size
+            if module.name != "attn":
+                staleness += layers * 4
+            if module.name in code.mapped:
+                keys = module.num_keys * (shape.batch if module.name == "cross" else 1)
+                scores += layers * (keys if code.keeps_maps else 1) * element_size
+                maps = max(maps, shape.heads * rows * keys * element_size)
+    return {"features": features, "staleness": staleness, "scores": scores, "maps": maps}
