@@ -111,6 +111,7 @@ LUMINA2 = ModelSpec(
     ),
     conditioning=("encoder_hidden_states", "encoder_attention_mask"),
     time_rises=True,
+    timestep_divisor=1000,
 )
 
 Z_IMAGE = ModelSpec(
@@ -147,6 +148,7 @@ Z_IMAGE = ModelSpec(
     latents="x",
     timestep="t",
     time_rises=True,
+    timestep_divisor=1000,
 )
 
 KREA2 = ModelSpec(
