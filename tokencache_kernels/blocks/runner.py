@@ -315,6 +315,12 @@ class Runner:
         selection = self._find_selection(site)
         return None if selection is None else selection.tokens
 
+    def token_row(self, site: Site) -> int:
+        """The row of the site's layer in its ``token_state``."""
+        selection = self._find_selection(site)
+        assert selection is not None, "only sites with partial steps have token states"
+        return selection.row(site)
+
     def _find_selection(self, site: Site) -> "_GroupSelection | None":
         place = self._run.selection_of(site)
         return None if place is None else self._selections[place]

@@ -24,7 +24,7 @@ from .predictors import (
 from .routers import FactorRouter, Router
 from .run_plan import LayerGroup, RunPlan
 from .schedules import AdaptiveSchedule, IntervalSchedule, LastStepFull, Schedule, StepSchedule
-from .selectors import RandomSelector, ScoreSelector, Selector
+from .selectors import GivenSelector, RandomSelector, ScoreSelector, Selector
 from .shapes import (
     Costs,
     ModelShape,
@@ -58,6 +58,7 @@ __all__ = [
     "Decision",
     "DuCaConfig",
     "FactorRouter",
+    "GivenSelector",
     "Hermite",
     "IntervalSchedule",
     "LastStepFull",

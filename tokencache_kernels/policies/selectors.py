@@ -208,6 +208,79 @@ class RandomSelector:
         return drawn.to(staleness.device, non_blocking=True)
 
 
+@dataclass(frozen=True, eq=False)
+class GivenSelector:
+    """Tokens chosen by the caller, such as the region of an edit or some frames of a video.
+
+    The policy's router still says how many tokens are fresh: those of the mask come first, by their
+    places, and then the others, by theirs. A share of ``mask.float().mean()`` takes the mask alone.
+
+    Attributes:
+        mask: (M,) or (B, M) bool, the image's tokens that shall be fresh.
+        is_text_first: whether a joined sequence of N > M tokens begins with the text's, so that
+            the mask belongs to its last M tokens; otherwise it belongs to the first. A shorter
+            sequence is a text's, and is taken in order.
+    """
+
+    mask: Tensor
+    is_text_first: bool = True
+
+    def __post_init__(self) -> None:
+        if self.mask.dtype != torch.bool or self.mask.dim() not in (1, 2):
+            got = f"{self.mask.dtype} of shape {tuple(self.mask.shape)}"
+            fail(type(self).__name__, "mask", "be bool of shape (M,) or (B, M)", got)
+
+    @property
+    def base_score(self) -> BaseScore:
+        """No statistic is needed."""
+        return "none"
+
+    @property
+    def is_timeless(self) -> bool:
+        """True: the lists are made before a step."""
+        return True
+
+    @property
+    def draws_on_host(self) -> bool:
+        """True; see ``draw_scores``."""
+        return True
+
+    @property
+    def shares_guidance(self) -> bool:
+        """False: the mask says which samples have which tokens."""
+        return False
+
+    def select_(
+        self,
+        scores: Tensor | None,
+        staleness: Tensor,
+        num_fresh: Tensor | None,
+        max_fresh: int,
+        *,
+        sites: Sequence[Site],
+        step: Step,
+        grid: Grid | None = None,
+        backend: str = "auto",
+    ) -> tuple[Tensor, Tensor]:
+        """Take the fresh tokens of one partial step; see ``Selector``."""
+        drawn = self.draw_scores(sites, step, staleness)
+        return DRAWN.select_(
+            drawn, staleness, num_fresh, max_fresh, sites=sites, step=step, backend=backend
+        )
+
+    def draw_scores(self, sites: Sequence[Site], step: Step, staleness: Tensor) -> Tensor:
+        """Score the mask's tokens 1 and the others 0, in the shape of ``staleness``."""
+        B, N = staleness.shape[1:]
+        M = self.mask.shape[-1]
+        if self.mask.dim() == 2 and len(self.mask) != B:
+            fail(type(self).__name__, "mask", f"have {B} rows, as the batch", len(self.mask))
+        scores = torch.zeros(staleness.shape, device=staleness.device)
+        if N >= M:
+            rows = scores[..., N - M :] if self.is_text_first else scores[..., :M]
+            rows.copy_(self.mask.expand(rows.shape))
+        return scores
+
+
 def _halve(owner: str, scores: Tensor) -> Tensor:
     """View (L, B, N) as (L, 2, B / 2, N)."""
     L, B, N = scores.shape

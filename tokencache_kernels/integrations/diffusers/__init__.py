@@ -8,14 +8,18 @@ from .apply import (
 )
 from .captured_steps import count_graph_steps
 from .descriptions import register_model
+from .inspection import InspectedRun, InspectedSite, inspect_token_cache
 from .modulation import precompute_modulation, remove_precomputed_modulation
 from .summary import CacheSummary, cache_summary
 
 __all__ = [
     "CacheSummary",
+    "InspectedRun",
+    "InspectedSite",
     "apply_token_cache",
     "cache_summary",
     "count_graph_steps",
+    "inspect_token_cache",
     "precompute_modulation",
     "register_model",
     "remove_precomputed_modulation",
