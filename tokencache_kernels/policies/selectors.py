@@ -13,9 +13,11 @@ from .. import ops
 from ..errors import fail
 from .decisions import Site, Step
 
-BaseScore = Literal["attention_received", "attention_entropy", "value_norm", "predicted", "none"]
+BaseScore = Literal[
+    "attention_received", "attention_entropy", "value_norm", "key_norm", "predicted", "none"
+]
 BASE_SCORES: tuple[BaseScore, ...] = (
-    "attention_received", "attention_entropy", "value_norm", "predicted", "none",
+    "attention_received", "attention_entropy", "value_norm", "key_norm", "predicted", "none",
 )  # fmt: skip
 Grid = tuple[int, int]
 
@@ -68,7 +70,9 @@ class ScoreSelector:
     ``score = normalized(base) + staleness_weight * staleness``, and on a grid the best token of
     every ``tile x tile`` square gains the factor ``1 + bonus``. The base is the attention that a
     token receives, ``1 +`` the entropy of its cross-attention, ``1 -`` the norm of its value
-    (DuCa), the score of the policy's predictor (TokenCache), or nothing.
+    (DuCa) or of its key, the score of the policy's predictor (TokenCache), or nothing.
+
+    ``takes_largest``: the base is the norm of value or key itself, so that the largest come first.
 
     ``shares_guidance`` gives both halves of the batch (conditional and not) one selection: entropy
     is then that of the two maps' mean, ``log 2 +`` the mean of theirs since they share no key.
@@ -80,9 +84,13 @@ class ScoreSelector:
     tile: int = 2
     bonus: float = 0.0
     shares_guidance: bool = False
+    takes_largest: bool = False
 
     def __post_init__(self) -> None:
         name = type(self).__name__
+        if self.takes_largest and self.base_score not in ("value_norm", "key_norm"):
+            wanted = "be False for a score that is no norm"
+            fail(name, "takes_largest", wanted, f"True for {self.base_score!r}")
         if self.base_score not in BASE_SCORES:
             fail(name, "base_score", f"be one of {', '.join(BASE_SCORES)}", repr(self.base_score))
         if self.tile < 1:
@@ -130,6 +138,8 @@ class ScoreSelector:
             return torch.zeros_like(staleness, dtype=torch.float32)
         if scores is None:
             fail(type(self).__name__, "scores", f"hold the {self.base_score}", None)
+        if self.takes_largest:
+            scores = 1 - scores
         if self.shares_guidance:
             halves = _halve(type(self).__name__, scores)
             means = halves.mean(dim=-3, keepdim=True).expand_as(halves)

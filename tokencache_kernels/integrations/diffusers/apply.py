@@ -188,7 +188,7 @@ def _check_policy(policy: Policy, binding: Binding) -> None:
         fail(
             "apply_token_cache", "policy", f"be for {depth} blocks", f"one for {policy.num_layers}"
         )
-    known = ["attention_received", "value_norm", "none"]
+    known = ["attention_received", "value_norm", "key_norm", "none"]
     if binding.has_cross_attention:
         known.insert(0, "attention_entropy")
     if policy.predictor is not None:

@@ -32,7 +32,7 @@ _MAX_SHORT_RUNS = 3
 # a mask's -10000 is -9984 in bfloat16
 _DISCARDED = -9000
 # base scores that are taken from an attention's keys or values
-_ATTENTION_SCORES = ("attention_received", "value_norm")
+_ATTENTION_SCORES = ("attention_received", "value_norm", "key_norm")
 
 
 _STEP_KINDS = ("full", "partial", "reused", "skipped")
@@ -451,7 +451,8 @@ class Session:
         if self.base_score == "attention_received":
             return attention.received(lse, backend)
         # 1 - mean_h |v[b, n, h]|: the papers sum over heads; the ranking is the same
-        return 1 - ops.head_norms(attention.value, backend=backend)
+        rows = attention.key if self.base_score == "key_norm" else attention.value
+        return 1 - ops.head_norms(rows, backend=backend)
 
     def passes(self) -> list[tuple[str, Pass]]:
         """The passes of this thread, with the names of their contexts."""
