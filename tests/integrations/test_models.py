@@ -177,7 +177,7 @@ def test_the_laws_hold_for_other_ways_through_a_class(name):
     assert torch.equal(run(models[1], name, steps), original)
 
 
-# what keeps some blocks of a class from being composed of sub-layers
+# the reasons that keep some blocks of a class from being composed of sub-layers
 AS_IS = {
     "CogVideoXTransformer3DModel": ["the norm before attn1 is not described"],
     "LTX2VideoTransformer3DModel": ["the norm before attn1 is not described"],

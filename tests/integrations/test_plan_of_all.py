@@ -1,4 +1,4 @@
-"""A plan says what a run does: FLOPs by PyTorch's counter, bytes by the buffers; every class."""
+"""A plan against its run: FLOPs by PyTorch's counter, bytes by the buffers; every class."""
 
 import pytest
 import torch

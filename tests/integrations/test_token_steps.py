@@ -84,7 +84,7 @@ def nearest(place, places, count):
 
 
 def run_by_hand(model, name, policy, monkeypatch):
-    """All tokens go through the model; chosen ones see what the policy lets them see."""
+    """All tokens go through the model; chosen ones see the tokens that the policy lets them see."""
     kept, calls = {}, []
     chosen, N = None, 0
     real = F.scaled_dot_product_attention

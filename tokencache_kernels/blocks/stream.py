@@ -53,7 +53,7 @@ class ResidualStream:
                 token.
         """
         if vector_index is not self._vector_index:
-            # what is pending is numbered as it was
+            # the pending branches keep their numbering
             self.flush()
             self._vector_index = vector_index
 

@@ -45,7 +45,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class PublishedCode:
-    """What the published code of ToCa computes and keeps besides the output of every sub-layer.
+    """The work and memory of ToCa's published code beside the output of every sub-layer.
 
     Attributes:
         mapped: the modules whose attention map it makes in full steps, for every head; the prompts
@@ -73,7 +73,7 @@ class Published:
         sizes: the published ones.
         batch: the rows of a forward; guidance doubles it.
         height: of the picture in pixels, where no other is asked for.
-        width: likewise.
+        width: as ``height``.
         frames: of the latents, where no other number is asked for.
         text_tokens: the length of the prompt, where no other is asked for; 0: none is read.
         pixels_per_token: the side of the square that is one token.
@@ -81,7 +81,7 @@ class Published:
         parameters: of the transformer; 0: not counted.
         preset: ToCa's published setting, as ``ToCaConfig.preset`` names it; empty: there is none.
         preset_layers: the depth over which the preset's ratio changes.
-        code: what the published code of ToCa does otherwise, where there is one.
+        code: the deviations of ToCa's published code, if there is one.
     """
 
     name: str

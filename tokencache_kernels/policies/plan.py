@@ -147,8 +147,8 @@ def published_cache_bytes(
 ) -> dict[str, int]:
     """Count the bytes that the published code of ToCa takes for one batch, by their use.
 
-    ``features``, ``staleness`` and ``scores`` as in ``cache_bytes``, the scores being what is kept
-    of the attention maps; ``maps``: the map of one layer while a full step is under way.
+    ``features``, ``staleness`` and ``scores`` as in ``cache_bytes``, with the kept means of
+    attention maps as scores; ``maps``: the map of one layer while a full step is under way.
     """
     features = staleness = scores = maps = 0
     for stack in shape.stacks:

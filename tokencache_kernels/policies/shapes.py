@@ -143,7 +143,7 @@ def model_shape(
         batch,
         sizes.hidden,
         sizes.heads,
-        # what a joined stream shows is the image alone
+        # a joined stream shows the image alone
         image_tokens if last.joins else shapes.count_tokens(last, last.streams[0]),
         tuple(shapes.stack_shape(stack) for stack in spec.stacks),
     )
@@ -282,7 +282,7 @@ def published_shape(
     Args:
         model: the published model.
         height: of the picture in pixels; None, here and below: as published.
-        width: likewise.
+        width: as ``height``.
         frames: of the latents.
         text_tokens: the length of the prompt.
         batch: the rows of a forward.

@@ -246,7 +246,7 @@ def norm_of(block: Any, norm: Norm, dtype: torch.dtype) -> ops.RowNorm:
 
 
 def modulation_of(block: Any, branch: Any, sources: Sources, dtype: torch.dtype) -> Modulation:
-    """The norm before a branch, and what modulates it."""
+    """The norm before a branch, and its modulation."""
     norm, modulation = norm_of(block, branch.norm, dtype), branch.modulation
     if modulation is None:
         return Modulation(None, None, norm)

@@ -59,7 +59,7 @@ class StatefulHook(ModelHook):  # type: ignore[misc]
         return module
 
     def deinitalize_hook(self, module: nn.Module) -> nn.Module:
-        """Called when the hook is removed: end what goes with it."""
+        """Called when the hook is removed: remove its companions."""
         if self.end is not None:
             self.end()
         return module

@@ -1,7 +1,7 @@
 """Some tokens through a whole model: a ``TokenSteps`` policy on a diffusers transformer.
 
 The blocks run the model's own code on the rows of the chosen tokens, with the rotary embedding of
-these. What the model does before and behind its blocks sees all tokens.
+these. The model's code before and behind its blocks sees all tokens.
 """
 
 import inspect
@@ -23,7 +23,7 @@ from .binding import Binding, resolve
 # a token's neighbours: those it is interpolated from, and those that its variance is taken over
 _NUM_NEAREST = 4
 _NUM_AROUND = 9
-# what a model's output is: the noise, or the velocity from the clean picture to the noise
+# the meaning of a model's output: the noise, or the velocity from the clean image to the noise
 SUPPORTED = {
     "DiTTransformer2DModel": "noise",
     "FluxTransformer2DModel": "velocity",
@@ -77,7 +77,7 @@ def has_token_steps(model: nn.Module) -> bool:
 
 
 def remove_token_steps(model: nn.Module) -> None:
-    """Take the policy off again and free what it kept; without one this does nothing."""
+    """Remove the policy and free its buffers; without one this does nothing."""
     forward = vars(model).get("forward")
     if isinstance(forward, SubsetForward):
         forward.remove()
@@ -94,7 +94,7 @@ def reset_token_steps(model: nn.Module) -> None:
 
 
 class _State:
-    """One run: what it keeps of the steps before.
+    """One run: its memory of the steps before.
 
     Attributes:
         velocity: (B, N, C), each token's last output.
@@ -162,7 +162,7 @@ class SubsetForward:
         self.reset()
 
     def reset(self) -> None:
-        """Begin a new run, and free what the last one kept."""
+        """Begin a new run, and free the buffers of the last one."""
         self._calls = 0
         self._states = [_State() for _ in range(self._calls_per_step)]
 
@@ -273,7 +273,7 @@ class SubsetForward:
         latents = latents[..., :channels]
         clean = (latents - level * tokens[..., :channels])[:, chosen]
         lifted = (latents - (clean[:, nearest] * weights).sum(2)) / level
-        # what is no noise, such as a variance, has no clean picture
+        # other outputs, such as a variance, have no clean image
         others = (tokens[:, chosen, channels:][:, nearest] * weights).sum(2)
         state.velocity = torch.cat([lifted, others], dim=-1)
 
