@@ -425,10 +425,10 @@ def _describe_glyphs(record: Mapping[str, Any]) -> list[str]:
         f"`demo.train_glyphs` was run once: {record['parameters']:,} parameters, {tokens:,} "
         f"tokens, {half} steps of {2 * record['batch']} pictures at half the size, then "
         f"{steps - half} of {record['batch']} at full size, {record['seconds'] / 60:.0f} "
-        f"minutes on {record['threads']} thread of a shared machine. The loss was "
-        f"{losses[before]:.3f} after {before} steps and {losses[steps]:.3f} after {steps}. The samples have two colours and "
-        "the outline of their letter, but ragged edges. They do not convince, and no weights ship. "
-        "More steps at full size were not tried.",
+        f"minutes on {record['threads']} thread of a shared machine. "
+        f"The loss was {losses[before]:.3f} after {before} steps and {losses[steps]:.3f} after "
+        f"{steps}. The samples have two colours and the outline of their letter, but ragged edges. "
+        "They do not convince, and no weights ship. More steps at full size were not tried.",
     ]
 
 
