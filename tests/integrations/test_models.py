@@ -12,6 +12,7 @@ from tokencache_kernels.integrations.diffusers import (
     remove_token_cache,
     token_cache_context,
 )
+from tokencache_kernels.integrations.diffusers.binding import list_blocks
 from tokencache_kernels.integrations.diffusers.fused import Composer
 from tokencache_kernels.integrations.diffusers.interception import interceptor_of, is_intercepted
 from tokencache_kernels.models import SPECS, Mlp, ModelSpec, Stack, spec
@@ -38,7 +39,7 @@ def policy(ratio=0.4, interval=3, base_score="attention_received", order=0):
 
 
 def first(output):
-    output = output[0]
+    output = output[0] if isinstance(output, tuple) else output
     return torch.stack(output) if isinstance(output, list) else output
 
 
@@ -49,7 +50,8 @@ def run(model, name, steps=range(STEPS), prompt=0, batch=2, pick=None):
         if pick is not None:
             given = {key: take(value, pick, batch) for key, value in given.items()}
         with torch.no_grad():
-            outputs.append(first(model(**given, return_dict=False)))
+            options = {"return_dict": False} if hasattr(model, "config") else {}
+            outputs.append(first(model(**given, **options)))
     return torch.stack(outputs)
 
 
@@ -98,7 +100,7 @@ def test_a_removed_cache_leaves_the_original(name):
 def cached_modules(model, name):
     """Every module whose output is cached, from the description alone."""
     for stack in SPECS[name].stacks:
-        for block in getattr(model, stack.path):
+        for block in list_blocks(stack, getattr(model, stack.path)):
             for part in stack.parts:
                 path = part.fc2 if isinstance(part, spec.Parallel) else part.module
                 module = block
@@ -179,6 +181,7 @@ def test_the_laws_hold_for_other_ways_through_a_class(name):
 
 # the reasons that keep some blocks of a class from being composed of sub-layers
 AS_IS = {
+    "UTransformer2DModel": ["the norm before attn1 is not described"],
     "CogVideoXTransformer3DModel": ["the norm before attn1 is not described"],
     "LTX2VideoTransformer3DModel": ["the norm before attn1 is not described"],
     "LatteTransformer3DModel": ["the norm before attn1 is not described"],

@@ -205,6 +205,12 @@ class Runner:
         return self._kinds.setdefault(plan.describe_step(index), len(self._kinds))
 
     @property
+    def batch(self) -> int:
+        """The samples of the run under way."""
+        assert self._began_with is not None, "a step begins before anything is asked of it"
+        return self._began_with.batch
+
+    @property
     def step(self) -> Step:
         """The current step."""
         return Step(self._index, self._run.total)

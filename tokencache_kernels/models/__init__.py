@@ -4,6 +4,7 @@ from . import dit, flux, hunyuan_video, opensora, others, pixart, qwen_image, sd
 from .dit import DIT
 from .flux import CHROMA, FLUX, FLUX2
 from .hunyuan_video import HUNYUAN_VIDEO, HUNYUAN_VIDEO_15
+from .opensora import STDIT3
 from .others import COGVIDEOX, KREA2, LATTE, LTX, LTX2, LUMINA2, Z_IMAGE
 from .pixart import PIXART
 from .qwen_image import QWEN_IMAGE
@@ -24,17 +25,20 @@ from .spec import (
     Norm,
     Parallel,
     SelfAttention,
+    Skip,
     Stack,
     Vectors,
     find_refusal,
 )
+from .uvit import UTRANSFORMER, UVIT
 from .wan import WAN
 
 SPECS: dict[str, ModelSpec] = {
     spec.transformer: spec
     for spec in (
         CHROMA, COGVIDEOX, DIT, FLUX, FLUX2, HUNYUAN_VIDEO, HUNYUAN_VIDEO_15, KREA2, LATTE, LTX,
-        LTX2, LUMINA2, PIXART, QWEN_IMAGE, SD3, WAN, Z_IMAGE,
+        LTX2, LUMINA2, PIXART, QWEN_IMAGE, SD3, STDIT3, UTRANSFORMER, UVIT, WAN,
+        Z_IMAGE,
     )
 }  # fmt: skip
 PUBLISHED: dict[str, Published] = {
@@ -71,6 +75,7 @@ __all__ = [
     "PublishedCode",
     "SelfAttention",
     "Sizes",
+    "Skip",
     "Stack",
     "Vectors",
     "find_refusal",

@@ -1,20 +1,70 @@
-"""Open-Sora 1.2's STDiT3: spatial and temporal blocks by turns; the published sizes alone."""
+"""Open-Sora's STDiT3: blocks within and across frames in turns, by the checkpoint's names."""
+
+from typing import Literal
 
 from .sizes import Published, PublishedCode, Sizes
-from .spec import CrossAttention, Mlp, ModelSpec, SelfAttention, Stack
+from .spec import (
+    NO_NORM,
+    CrossAttention,
+    Grid,
+    Layers,
+    Mlp,
+    ModelSpec,
+    Modulation,
+    Norm,
+    SelfAttention,
+    Stack,
+    Vectors,
+)
 
-_PARTS = SelfAttention("attn"), CrossAttention("cross_attn", is_plain=True), Mlp("mlp")
-_SPEC = ModelSpec(
+
+def _stack(stream: str, folds: Literal["frames", "places"]) -> Stack:
+    return Stack(
+        f"{stream}_blocks",
+        parts=(
+            SelfAttention(
+                "attn",
+                stream="x",
+                norm=Norm("norm1"),
+                modulation=Modulation("table", 0, 1, 2),
+                passes={"frames": "frames", "angles": "angles"},
+                folds=folds,
+            ),
+            CrossAttention(
+                "cross_attn",
+                stream="x",
+                norm=NO_NORM,
+                passes={"text": "text", "mask": "mask"},
+                text="text",
+            ),
+            Mlp(
+                "mlp",
+                stream="x",
+                norm=Norm("norm2"),
+                modulation=Modulation("table", 3, 4, 5),
+                layers=Layers("fc1", "fc2", "gelu_tanh"),
+            ),
+        ),
+        stream=stream,
+        streams=("x",),
+        returns=("x",),
+        vectors=(Vectors("table", "table", "scale_shift_table", argument="vectors"),),
+    )
+
+
+STDIT3 = ModelSpec(
     transformer="STDiT3",
-    stacks=(
-        Stack("spatial_blocks", _PARTS, stream="spatial"),
-        Stack("temporal_blocks", _PARTS, stream="temporal"),
-    ),
+    # spatial block l is followed by temporal block l
+    stacks=(_stack("spatial", "frames"), _stack("temporal", "places")),
+    conditioning=("y", "mask"),
+    latents="x",
+    grid=Grid(patch=2, is_video=True),
+    text_mask="mask",
 )
 # two seconds of video at 480p
 PUBLISHED = Published(
     "opensora",
-    _SPEC,
+    STDIT3,
     Sizes(
         {"spatial_blocks": 28, "temporal_blocks": 28}, 1152, 16, 4608,
         sees={"spatial_blocks": "frame", "temporal_blocks": "time"},

@@ -142,6 +142,8 @@ class SelfAttention(Branch):
     Attributes:
         passes: the module's arguments, and the block's arguments that they are given.
         also: further arguments of the module that are given its tokens.
+        folds: the sequences that attend, of a video whose tokens lie frame by frame: all tokens
+            (``none``), those of a frame (``frames``), those of a place in all frames (``places``).
         splits: whether some of its tokens may be recomputed by ``to_q``, ``to_k``, ``to_v`` and
             ``to_out``: there are no norms of queries and keys, and no rotary embedding.
     """
@@ -149,6 +151,7 @@ class SelfAttention(Branch):
     name: str = "attn"
     passes: Mapping[str, str] = field(default_factory=dict)
     also: tuple[str, ...] = ()
+    folds: Literal["none", "frames", "places"] = "none"
     splits: bool = False
 
 
@@ -224,11 +227,26 @@ Part = Mlp | SelfAttention | CrossAttention | JointAttention | Parallel
 
 
 @dataclass(frozen=True)
+class Skip:
+    """A long skip: ``x = linear(cat(x, argument))`` before the first part of a block.
+
+    Attributes:
+        argument: the block's argument that holds what is skipped to it.
+        linear: the path of the layer.
+    """
+
+    argument: str
+    linear: str
+
+
+@dataclass(frozen=True)
 class Stack:
     """Blocks of one kind, one behind the other.
 
+    Blocks of several stacks whose sites have the same stream count their layers on.
+
     Attributes:
-        path: the path of their list in the transformer.
+        path: the path of their list in the transformer, or of a single block.
         parts: the cached modules of a block, in the order in which they run.
         stream: the stream of their sites.
         streams: the block's arguments that are residual streams: the image's, then the text's.
@@ -238,6 +256,10 @@ class Stack:
         is_text_first: the order of a joined sequence.
         vectors: the sources of adaLN vectors.
         clips_float16: the streams that the block clips to float16's range.
+        block: the path of the block in an entry of the list; empty: the entry is the block.
+        is_seen: whether the model looks at what each block returns, as for long skips.
+        skip: the long skip that a block takes in, if it does.
+        first_layer: the number of its first layer; counted when the description is bound.
     """
 
     path: str
@@ -250,6 +272,10 @@ class Stack:
     is_text_first: bool = True
     vectors: tuple[Vectors, ...] = ()
     clips_float16: tuple[str, ...] = ()
+    block: str = ""
+    is_seen: bool = False
+    skip: Skip | None = None
+    first_layer: int = 0
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from .inputs import randn
+from .stdit import STDiT3
 from .tiny_models import tiny_dit, tiny_flux, tiny_pixart
+from .uvit import UViT
 
 Inputs = dict[str, Any]
 
@@ -29,7 +31,10 @@ class Family:
 def _tiny(name: str, seed: int = 0, **config: Any) -> Any:
     import diffusers
 
-    model = getattr(diffusers, name)(**config)
+    return _randomise(getattr(diffusers, name)(**config), seed)
+
+
+def _randomise(model: Any, seed: int = 0) -> Any:
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.15, generator=generator)
@@ -176,6 +181,47 @@ def _flux2(step: int, prompt: int, batch: int) -> Inputs:
     }
 
 
+def _uvit(step: int, prompt: int, batch: int) -> Inputs:
+    return {
+        "x": randn(batch, 2, 8, 8, seed=step),
+        "timesteps": _falling(step, batch) + 0.5,
+        "y": (torch.arange(batch) + prompt) % 10,
+    }
+
+
+def _trunk(step: int, prompt: int, batch: int) -> Inputs:
+    return {
+        "hidden_states": randn(batch, 2, 8, 8, seed=step),
+        # the trunk itself reads neither
+        "timestep": _falling(step, batch),
+        "encoder_hidden_states": randn(batch, 3, 8, seed=50 + prompt),
+    }
+
+
+def _build_trunk() -> Any:
+    from diffusers.pipelines.deprecated.unidiffuser.modeling_uvit import UTransformer2DModel
+
+    return _randomise(
+        UTransformer2DModel(
+            num_attention_heads=3, attention_head_dim=8, in_channels=2, out_channels=6,
+            num_layers=4, sample_size=8, patch_size=2, activation_fn="gelu", norm_type="layer_norm",
+            block_type="plain", pre_layer_norm=True, use_patch_pos_embed=True,
+        )
+    )  # fmt: skip
+
+
+def _stdit(step: int, prompt: int, batch: int) -> Inputs:
+    mask = torch.ones(batch, 5, dtype=torch.long)
+    mask[:, 3 + prompt :] = 0
+    return {
+        "x": randn(batch, 4, 3, 8, 8, seed=step),
+        "timestep": _falling(step, batch),
+        "y": randn(batch, 5, 10, seed=50 + prompt),
+        "mask": mask,
+        "fps": torch.full((batch,), 24.0),
+    }
+
+
 def _latte(step: int, prompt: int, batch: int) -> Inputs:
     return {
         "hidden_states": randn(batch, 4, 2, 8, 8, seed=step),
@@ -318,6 +364,9 @@ FAMILIES: dict[str, Family] = {
             num_layerwise_text_blocks=1, num_refiner_text_blocks=1, axes_dims_rope=(4, 4, 4),
         ), _krea2,
     ),
+    "UViT": Family(lambda: _randomise(UViT(8, 2, 2, 24, 4, 3, 10)), _uvit),
+    "UTransformer2DModel": Family(_build_trunk, _trunk),
+    "STDiT3": Family(lambda: _randomise(STDiT3(24, 2, 3, 4, 10, 5)), _stdit),
     "LatteTransformer3DModel": Family(
         lambda: _tiny(
             "LatteTransformer3DModel", num_attention_heads=3, attention_head_dim=8, in_channels=4,

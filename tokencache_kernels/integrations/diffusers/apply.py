@@ -183,7 +183,7 @@ def _has(pipeline: Any, name: str) -> bool:
 
 def _check_policy(policy: Policy, binding: Binding) -> None:
     """Refuse a policy that was trained for another model, or whose scores the model cannot give."""
-    depth = max(binding.depth(stack) for stack in binding.spec.stacks)
+    depth = binding.num_layers
     if policy.num_layers is not None and policy.num_layers != depth:
         fail(
             "apply_token_cache", "policy", f"be for {depth} blocks", f"one for {policy.num_layers}"

@@ -42,9 +42,9 @@ class ModuleCall:
 
     @property
     def tokens(self) -> Tensor:
-        """The first argument, which holds the tokens, whatever it is called."""
+        """The first argument, which holds the tokens, whatever it is called; stride 1 along D."""
         tokens: Tensor = self.positional[0] if self.positional else self.named[self._first_name]
-        return tokens
+        return tokens if tokens.stride(-1) == 1 else tokens.contiguous()
 
     @property
     def given(self) -> dict[str, Any]:

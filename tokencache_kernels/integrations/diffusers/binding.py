@@ -1,7 +1,7 @@
 """A description bound to a transformer: which parts there are, and the sites that they make."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -33,14 +33,15 @@ def resolve(module: Any, path: str) -> Any:
 
 def site_of(stack: Stack, part: Part, layer: int) -> Site:
     """The site of a part, ``mlp`` for parallel attention and MLP."""
+    number = stack.first_layer + layer
     if isinstance(part, Branch):
-        return Site(part.site_stream or stack.stream, layer, part.name)
-    return Site(stack.stream, layer, part.name if isinstance(part, JointAttention) else "mlp")
+        return Site(part.site_stream or stack.stream, number, part.name)
+    return Site(stack.stream, number, part.name if isinstance(part, JointAttention) else "mlp")
 
 
 def attention_site(stack: Stack, layer: int) -> Site:
     """The site of the attention of a parallel block."""
-    return Site(stack.stream, layer, "attn")
+    return Site(stack.stream, stack.first_layer + layer, "attn")
 
 
 def module_paths(part: Part) -> tuple[str, ...]:
@@ -65,12 +66,17 @@ class Binding:
     def blocks(self, transformer: nn.Module) -> Iterator[tuple[Stack, int, nn.Module]]:
         """All described blocks in the order in which they run."""
         for stack in self.spec.stacks:
-            for layer, block in enumerate(resolve(transformer, stack.path)):
+            for layer, block in enumerate(list_blocks(stack, resolve(transformer, stack.path))):
                 yield stack, layer, block
 
     def depth(self, stack: Stack) -> int:
         """The number of blocks of a stack."""
         return len(self.parts[stack.path])
+
+    @property
+    def num_layers(self) -> int:
+        """The most layers that the sites of one stream have."""
+        return max(stack.first_layer + self.depth(stack) for stack in self.spec.stacks)
 
     def sites(self, stack: Stack, layer: int) -> tuple[Site, ...]:
         """The sites of a block, in the order in which they are computed."""
@@ -162,8 +168,13 @@ def bind(spec: ModelSpec, transformer: nn.Module) -> Binding:
         UnsupportedInputError: the transformer lacks a part that the description names.
     """
     parts: dict[str, tuple[tuple[Part, ...], ...]] = {}
+    counts: dict[str, int] = {}
+    stacks = []
     for stack in spec.stacks:
-        blocks = _resolve_or_refuse(spec, transformer, stack.path, "the transformer")
+        found = _resolve_or_refuse(spec, transformer, stack.path, "the transformer")
+        blocks = list_blocks(stack, found)
+        stacks.append(replace(stack, first_layer=counts.get(stack.stream, 0)))
+        counts[stack.stream] = counts.get(stack.stream, 0) + len(blocks)
         if len(blocks) == 0:
             raise UnsupportedInputError(
                 f"apply_token_cache: {spec.transformer} must have blocks in {stack.path}, got none"
@@ -186,7 +197,13 @@ def bind(spec: ModelSpec, transformer: nn.Module) -> Binding:
                     f"apply_token_cache: block {layer} of {stack.path} must have one of the "
                     f"described parts, got a {type(blocks[layer]).__name__} without any"
                 )
-    return Binding(spec, parts)
+    return Binding(replace(spec, stacks=tuple(stacks)), parts)
+
+
+def list_blocks(stack: Stack, found: Any) -> list[Any]:
+    """The blocks of a stack, from what lies at its path: a list, or a single block."""
+    blocks = list(found) if isinstance(found, (nn.ModuleList, nn.Sequential)) else [found]
+    return [resolve(block, stack.block) for block in blocks] if stack.block else blocks
 
 
 def _resolve_or_refuse(spec: ModelSpec, module: Any, path: str, where: str) -> Any:

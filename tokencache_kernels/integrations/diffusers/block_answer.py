@@ -141,7 +141,7 @@ class BlockAnswer:
         stack.
         """
         run, stack = call.run, self._stack
-        ends = self._ends_stack
+        ends = self._ends_stack or stack.is_seen
         if stack.joins:
             text_tokens = given[stack.streams[1]].shape[1]
             streams = run.show_joint_stream(stack, text_tokens, ends)

@@ -130,7 +130,7 @@ def branches_of(parts: tuple[spec.Part, ...]) -> Iterator[Any]:
 
 def described_arguments(stack: Stack) -> frozenset[str]:
     """The block's arguments that a composed block can handle."""
-    names = set(stack.streams)
+    names = set(stack.streams) | ({stack.skip.argument} if stack.skip else set())
     for source in stack.vectors:
         names |= {"timestep", "class_labels"} if source.kind == "own_adaln" else {source.argument}
         names |= {source.index} if source.index else set()
@@ -343,6 +343,8 @@ class Composer:
 
     def run(self) -> None:
         """Run all sub-layers in order."""
+        if self._stack.skip is not None:
+            self._take_in(self._stack.skip)
         for branch in branches_of(self._parts):
             if branch.modulation is not None:
                 index = self._sources[branch.modulation.source].vector_index
@@ -357,6 +359,11 @@ class Composer:
         for name in self._stack.clips_float16:
             if name in self._streams and self._streams[name].hidden_states.dtype == torch.float16:
                 self._streams[name].clip(_FLOAT16_LIMIT)
+
+    def _take_in(self, skip: spec.Skip) -> None:
+        stream = self._streams[self._stack.streams[0]]
+        joined = torch.cat([stream.flush(), self._named[skip.argument]], dim=-1)
+        stream.follow(resolve(self._block, skip.linear)(joined))
 
     def _stream_of(self, branch: Any) -> ResidualStream:
         is_parallel = isinstance(branch, spec.Parallel)

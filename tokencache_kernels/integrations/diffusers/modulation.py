@@ -23,7 +23,7 @@ from ...errors import UnsupportedInputError, fail
 from ...models import ModelSpec
 from . import compat
 from .arguments import name_arguments
-from .binding import resolve
+from .binding import list_blocks, resolve
 from .descriptions import find_spec
 from .interception import class_of, eager, interceptor_of
 
@@ -108,7 +108,8 @@ def list_sources(spec: ModelSpec, transformer: nn.Module) -> list[_Source]:
     """The modules of a transformer that make vectors of the conditioning alone."""
     sources = []
     for stack in spec.stacks:
-        for layer, block in enumerate(resolve(transformer, stack.path)):
+        blocks = list_blocks(stack, resolve(transformer, stack.path)) if stack.vectors else ()
+        for layer, block in enumerate(blocks):
             for source in stack.vectors:
                 module = resolve(block, source.module) if source.module else None
                 if source.kind not in ("adaln", "own_adaln", "call") or module is None:

@@ -173,7 +173,8 @@ class SelfAttentionAnswer(ModuleAnswer):
         part = self._part
         tokens = made.tokens.shape[1]
         if not isinstance(part, spec.JointAttention):
-            return [(self._find_selected(call, self._stack.streams[0]), tokens)]
+            selected = self._find_selected(call, self._stack.streams[0])
+            return [(selected, len(made.tokens) * tokens // call.run.runner.batch)]
         text_tokens = made.given[self._token_arguments[1]].shape[1]
         joint = self._find_selected(call, spec.JOINT)
         if joint is not None:
@@ -183,6 +184,16 @@ class SelfAttentionAnswer(ModuleAnswer):
             (self._find_selected(call, part.text.stream), text_tokens),
         ]
         return sides[::-1] if part.is_text_first else sides
+
+    def _unfold(self, call: Call, scores: Tensor) -> Tensor:
+        """Give each sample the scores of all its tokens, which attended in several sequences."""
+        folds = getattr(self._part, "folds", "none")
+        if folds == "none":
+            return scores
+        B, length = call.run.runner.batch, scores.shape[1]
+        if folds == "frames":
+            return scores.reshape(B, -1)
+        return scores.reshape(B, -1, length).transpose(1, 2).reshape(B, -1)
 
     _token_arguments = ("hidden_states", "encoder_hidden_states")
 
@@ -205,7 +216,8 @@ class SelfAttentionAnswer(ModuleAnswer):
 
         def look(attention: Attention, lse: Tensor | None) -> None:
             if any(site is not None for site, _ in scored):
-                scores = session.score(attention, lse).split([count for _, count in scored], dim=1)
+                all_scores = self._unfold(call, session.score(attention, lse))
+                scores = all_scores.split([count for _, count in scored], dim=1)
                 for (site, _), of_site in zip(scored, scores, strict=True):
                     if site is not None:
                         runner.store_scores(site, of_site)
