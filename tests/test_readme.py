@@ -22,7 +22,7 @@ def test_the_front_page_is_short():
 def test_the_number_of_models_is_right():
     from tokencache_kernels.models import SPECS
 
-    assert f"any of {len(SPECS)} diffusers models" in README
+    assert f"describes {len(SPECS)} classes of models" in README
 
 
 def test_the_tables_are_those_of_the_records():
