@@ -9,6 +9,7 @@ from torch import nn
 from tokencache_kernels.integrations.diffusers import (
     apply_token_cache,
     cache_summary,
+    register_model,
     remove_token_cache,
     token_cache_context,
 )
@@ -398,6 +399,72 @@ def test_arguments_without_a_name_are_passed_on():
         apply_token_cache(one, policy(base_score="none"), spec=OWN)
 
     assert torch.equal(run_own(other), run_own(model))
+
+
+class GatedBlock(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.norm_behind = nn.RMSNorm(12), nn.RMSNorm(12)
+        self.up, self.gate, self.down = nn.Linear(12, 24), nn.Linear(12, 24), nn.Linear(24, 12)
+        self.mlp = GatedMlp(self.up, self.gate, self.down)
+
+    def forward(self, tokens, shift):
+        return tokens + self.norm_behind(self.mlp(self.norm(tokens)))
+
+
+class GatedMlp(nn.Module):
+    def __init__(self, up, gate, down):
+        super().__init__()
+        self.up, self.gate, self.down = up, gate, down
+
+    def forward(self, rows):
+        return self.down(torch.nn.functional.silu(self.gate(rows)) * self.up(rows))
+
+
+class OwnGated(Own):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(GatedBlock() for _ in range(3))
+
+
+GATED = ModelSpec(
+    "OwnGated",
+    (
+        Stack(
+            "layers",
+            (
+                Mlp(
+                    "mlp",
+                    stream="tokens",
+                    norm=spec.Norm("norm", "rms"),
+                    post_norm=spec.Norm("norm_behind", "rms"),
+                    layers=spec.Layers("up", "down", "silu", gate="gate"),
+                ),
+            ),
+            streams=("tokens",),
+            returns=("tokens",),
+            # the block is given it, and does not read it
+            vectors=(spec.Vectors("unused", "argument", argument="shift", count=1),),
+        ),
+    ),
+    conditioning=(),
+    latents="tokens",
+    timestep="time",
+)
+
+
+def test_a_registered_model_of_someones_own_is_fused():
+    register_model(GATED)
+    outputs = []
+    for tier in ("auto", "as_is"):
+        torch.manual_seed(0)
+        model = OwnGated().eval().requires_grad_(False)
+        apply_token_cache(model, policy(base_score="none"), tier=tier)
+        outputs.append(run_own(model))
+        wanted = "fused" if tier == "auto" else "as is: tier='as_is' was asked for"
+        assert set(cache_summary(model).tiers.values()) == {wanted}
+
+    torch.testing.assert_close(*outputs, rtol=1e-5, atol=1e-5)
 
 
 def test_an_undescribed_model_is_told_what_to_give():

@@ -51,6 +51,7 @@ PUBLISHED: dict[str, Published] = {
 # models whose MLPs are no functions of single tokens, or are chosen per token
 UNSUPPORTED: dict[str, str] = {
     "SanaTransformer2DModel": "the MLP has a convolution: tokens depend on their neighbours",
+    "SanaVideoTransformer3DModel": "the MLP has a convolution: tokens depend on their neighbours",
     "HiDreamImageTransformer2DModel": "the MLP is a mixture of experts that are chosen by token",
 }
 

@@ -270,7 +270,11 @@ def mlp_of(module: Any, layers: spec.Layers | None) -> Mlp:
     if layers is None or module.training or compat.has_hooks(module) or compat.is_wrapped(module):
         return Mlp(module)
     paths = [layers.fc1, layers.fc2, *([layers.gate] if layers.gate else [])]
-    fc1, fc2, *gate = (resolve(module, path) for path in paths)
+    try:
+        fc1, fc2, *gate = (resolve(module, path) for path in paths)
+    except (AttributeError, IndexError, TypeError):
+        # its layers are others than a FeedForward's
+        return Mlp(module)
     if not all(map(compat.is_plain, (fc1, fc2, *gate))):
         return Mlp(module)
     activation, glu = layers.activation, layers.glu
