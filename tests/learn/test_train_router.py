@@ -17,7 +17,7 @@ from tokencache_kernels.learn.superposition import Superposition, find_sublayers
 from tokencache_kernels.learn.train_router import train_router
 from tokencache_kernels.learn.training import TrainingSettings
 from tokencache_kernels.policies import CacheRouter, LearningToCacheConfig
-from tokencache_kernels.testing import randn, tiny_dit
+from tokencache_kernels.testing import randn, tiny_dit, tiny_pixart
 
 pytest.importorskip("tqdm")
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -199,8 +199,10 @@ def test_what_cannot_be_trained_is_refused(tmp_path, options, sentence):
 
 
 def test_another_model_is_refused(tmp_path):
-    with pytest.raises(UnsupportedInputError, match="must be one of DiTTransformer2DModel"):
+    with pytest.raises(UnsupportedInputError, match=r"^train_router: transformer must be one of"):
         train(tmp_path, torch.nn.Linear(2, 2))
+    with pytest.raises(UnsupportedInputError, match="conditioned by class_labels alone, got Pix"):
+        train(tmp_path, tiny_pixart())
 
 
 def step_inputs(index):

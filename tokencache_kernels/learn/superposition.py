@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..errors import CacheMissError, UnsupportedInputError, fail
+from ..integrations.diffusers.binding import attention_site, bind, resolve, site_of
+from ..integrations.diffusers.descriptions import find_spec
+from ..models import ModelSpec, Parallel
 from ..policies import Site
 
 # takes the generator of the run; gives clean latents (B, C, H, W) and class labels (B,)
 Draw = Callable[[torch.Generator], tuple[Tensor, Tensor]]
-
-# the model classes supported, by name
-_SUPPORTED = ("DiTTransformer2DModel",)
 
 
 class Superposition:
@@ -26,22 +26,30 @@ class Superposition:
     the two contexts the model is as it was; ``remove`` takes the hooks off.
 
     Attributes:
-        features: the outputs of the last recording, without a gradient.
+        features: the outputs of the last recording, without a gradient; of attention among the
+            tokens of two streams a pair.
     """
 
-    def __init__(self, transformer: nn.Module, backend: str = "auto") -> None:
-        """Hook a ``DiTTransformer2DModel``; its weights should not require a gradient.
+    def __init__(
+        self, transformer: nn.Module, backend: str = "auto", *, spec: ModelSpec | None = None
+    ) -> None:
+        """Hook a described model; its weights should not require a gradient.
+
+        Args:
+            transformer: the model.
+            backend: the backend of ``ops.blend``.
+            spec: the description of a model that is not described yet.
 
         Raises:
-            UnsupportedInputError: the model is of another class.
+            UnsupportedInputError: the model is not described.
         """
-        self.features: dict[Site, Tensor] = {}
+        self.features: dict[Site, Any] = {}
         self._is_recording = False
         self._weights: Mapping[Site, Tensor] = {}
         self._backend = backend
         self._handles = [
             module.register_forward_hook(partial(self._finish, site))
-            for site, module in find_sublayers(transformer).items()
+            for site, module in find_sublayers(transformer, spec).items()
         ]
 
     @contextmanager
@@ -62,7 +70,8 @@ class Superposition:
         the fresh output; sub-layers without a weight stay fresh.
 
         Args:
-            weights: (), (N,) or (B, N) each; see ``ops.blend``.
+            weights: (), (N,) or (B, N) each; see ``ops.blend``. Of attention among the tokens of
+                two streams (): it is one weight for both.
 
         Raises:
             CacheMissError: a sub-layer named was not recorded.
@@ -82,30 +91,56 @@ class Superposition:
             handle.remove()
         self.features = {}
 
-    def _finish(self, site: Site, module: nn.Module, inputs: object, output: Tensor) -> Tensor:
+    def _finish(self, site: Site, module: nn.Module, inputs: object, output: Any) -> Any:
         if self._is_recording:
-            self.features[site] = output.detach()
+            self.features[site] = _map(Tensor.detach, output)
         if site not in self._weights:
             return output
-        return ops.blend(self.features[site], output, self._weights[site], backend=self._backend)
+        weight = self._weights[site]
+        blend = partial(ops.blend, backend=self._backend)
+        return _map(lambda kept, fresh: blend(kept, fresh, weight), self.features[site], output)
 
 
-def find_sublayers(transformer: Any) -> dict[Site, nn.Module]:
+def _map(function: Callable[..., Tensor], *outputs: Any) -> Any:
+    """Apply a function to the tensors of a module's output, which may be a pair."""
+    if isinstance(outputs[0], tuple):
+        return tuple(_map(function, *parts) for parts in zip(*outputs, strict=True))
+    return None if outputs[0] is None else function(*outputs)
+
+
+def find_sublayers(transformer: Any, spec: ModelSpec | None = None) -> dict[Site, nn.Module]:
     """Find the modules whose outputs are cached, in the order in which they run.
 
+    Args:
+        transformer: the model.
+        spec: the description of a model that is not described yet.
+
     Raises:
-        UnsupportedInputError: the model is not a ``DiTTransformer2DModel``.
+        UnsupportedInputError: the model is not described, or its description does not fit.
     """
-    name = type(transformer).__name__
-    if name not in _SUPPORTED:
-        raise UnsupportedInputError(
-            f"Superposition: transformer must be one of {', '.join(_SUPPORTED)}, got {name}"
-        )
+    binding = bind(find_spec("Superposition", transformer, spec), transformer)
     sublayers: dict[Site, nn.Module] = {}
-    for layer, block in enumerate(transformer.transformer_blocks):
-        sublayers[Site("main", layer, "attn")] = block.attn1
-        sublayers[Site("main", layer, "mlp")] = block.ff
+    for stack, layer, block in binding.blocks(transformer):
+        for part in binding.parts[stack.path][layer]:
+            if isinstance(part, Parallel):
+                sublayers[attention_site(stack, layer)] = resolve(block, part.attention)
+                sublayers[site_of(stack, part, layer)] = resolve(block, part.fc2)
+            else:
+                sublayers[site_of(stack, part, layer)] = resolve(block, part.module)
     return sublayers
+
+
+def check_conditioning(op: str, transformer: Any) -> None:
+    """Refuse a model that sees more than a class: training draws latents and labels.
+
+    Raises:
+        UnsupportedInputError: the model is not described, or has other conditioning.
+    """
+    spec = find_spec(op, transformer, None)
+    if spec.conditioning != ("class_labels",):
+        raise UnsupportedInputError(
+            f"{op}: transformer must be conditioned by class_labels alone, got {spec.transformer}"
+        )
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from ..policies import ContentPredictor, Predictor, TablePredictor, rank_scores
 from .superposition import (
     Draw,
     Superposition,
+    check_conditioning,
     check_scheduler,
     find_sublayers,
     frozen,
@@ -90,7 +91,8 @@ def train_predictor(
     of the network's outputs.
 
     Args:
-        transformer: a ``DiTTransformer2DModel`` that predicts noise, and a variance too or not.
+        transformer: a described model, conditioned by ``class_labels`` alone, that predicts noise,
+            and a variance too or not.
         predictor: trained in place; on the transformer's device.
         scheduler: a diffusers scheduler with ``alphas_cumprod`` and whole timesteps, which are set.
         draw: gives a batch of clean latents and labels.
@@ -181,7 +183,7 @@ def _sizes(transformer: Any) -> tuple[int, int]:
 
 
 def _check_fit(op: str, transformer: Any, predictor: Predictor, scheduler: Any) -> None:
-    find_sublayers(transformer)
+    check_conditioning(op, transformer)
     wanted = (*_sizes(transformer), check_scheduler(op, scheduler))
     sizes = (predictor.num_layers, predictor.num_tokens, predictor.num_steps)
     if sizes != wanted:

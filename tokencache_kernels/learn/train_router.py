@@ -13,6 +13,7 @@ from ..policies import CacheRouter, LearningToCacheConfig
 from .superposition import (
     Draw,
     Superposition,
+    check_conditioning,
     check_scheduler,
     find_sublayers,
     frozen,
@@ -43,7 +44,8 @@ def train_router(
     ``weight * fresh + (1 - weight) * kept``, ``weight = sigmoid(logit)``.
 
     Args:
-        transformer: a ``DiTTransformer2DModel`` that predicts noise, and a variance too or not.
+        transformer: a described model, conditioned by ``class_labels`` alone, that predicts noise,
+            and a variance too or not.
         scheduler: a diffusers scheduler with ``alphas_cumprod`` and whole timesteps, which are set.
         draw: gives a batch of clean latents and class labels from a generator.
         settings: see ``train_module``; published routers took 50,000 steps of 64 samples at a rate
@@ -68,6 +70,7 @@ def train_router(
     num_steps = check_scheduler("train_router", scheduler)
     if not sparsity >= 0:
         fail("train_router", "sparsity", "be at least 0", sparsity)
+    check_conditioning("train_router", transformer)
     sites = list(find_sublayers(transformer))
     device = next(transformer.parameters()).device
     router = CacheRouter(len(sites) // 2, num_steps, settings.seed).to(device)
