@@ -117,7 +117,10 @@ def test_plan_and_run_agree(name):
 
 def test_every_family_has_its_sizes():
     # of these no sizes are published here yet
-    without = {"LTX2VideoTransformer3DModel", "Krea2Transformer2DModel"}
+    without = {
+        "Krea2Transformer2DModel", "LTX2VideoTransformer3DModel", "STDiT3", "UTransformer2DModel",
+        "UViT",
+    }  # fmt: skip
 
     assert FAMILIES.keys() - TINY.keys() == without
 

@@ -11,7 +11,9 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
 
 def call(model, name, step):
-    output = model(**FAMILIES[name].inputs(step, 0, 2), return_dict=False)[0]
+    options = {"return_dict": False} if hasattr(model, "config") else {}
+    output = model(**FAMILIES[name].inputs(step, 0, 2), **options)
+    output = output[0] if options else output
     return torch.stack(output) if isinstance(output, list) else output
 
 
