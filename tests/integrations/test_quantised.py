@@ -3,12 +3,12 @@
 import pytest
 import torch
 import torchao  # noqa: F401  (diffusers looks for it when it is imported)
-from tokencache_kernels.testing.models import tiny_dit, tiny_flux, tiny_pixart
 from torch import nn
 
 from tokencache_kernels.integrations.diffusers import apply_token_cache, remove_token_cache
 from tokencache_kernels.policies import FactorRouter, IntervalSchedule, ScoreSelector, ToCaConfig
 from tokencache_kernels.testing.families import FAMILIES
+from tokencache_kernels.testing.models import tiny_dit, tiny_flux, tiny_pixart
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 STEPS = 5

@@ -15,7 +15,7 @@ from tokencache_kernels.integrations.step_carrier import (
 )
 from tokencache_kernels.policies import Newton, StepTable
 from tokencache_kernels.testing import randn
-from tokencache_kernels.testing.tiny_models import tiny_dit
+from tokencache_kernels.testing.models import tiny_dit
 
 TABLE = StepTable(
     5,

@@ -2,8 +2,8 @@
 
 from .budget import assert_within_budget, error_budget
 from .inputs import distinct_scores, in_float64, randn, random_indices
+from .models import tiny_dit, tiny_flux, tiny_pixart
 from .tape import Tape
-from .tiny_models import tiny_dit, tiny_flux, tiny_pixart
 
 __all__ = [
     "Tape",

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from .inputs import randn
+from .models import tiny_dit, tiny_flux, tiny_pixart
 from .stdit import STDiT3
-from .tiny_models import tiny_dit, tiny_flux, tiny_pixart
 from .uvit import UViT
 
 Inputs = dict[str, Any]

@@ -1,4 +1,7 @@
-"""Tiny real models with random weights."""
+"""Tiny real models with random weights.
+
+Other projects import it from here: the path stays.
+"""
 
 from typing import Any
 
