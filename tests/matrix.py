@@ -90,7 +90,7 @@ def prepare(environment: Environment) -> Path:
 def run(environment: Environment, workers: int) -> dict[str, object]:
     """Run the tests in an environment; return the versions, the counts and the failures."""
     python = prepare(environment)
-    command = [str(python), "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", str(workers)]
+    command = [str(python), "-m", "pytest", "-p", "no:cacheprovider", "-n", str(workers)]
     done = subprocess.run(
         [*command, *environment.tests], cwd=ROOT, text=True, capture_output=True,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},

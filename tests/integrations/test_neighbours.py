@@ -62,6 +62,7 @@ def test_a_run_that_is_broken_off_leaves_nothing_to_the_next(name, steps):
     assert torch.equal(run(used, name, prompt=3), run(make(name), name, prompt=3))
 
 
+@pytest.mark.works_with("an exception or an interrupt in the middle of a run")
 def test_an_error_in_the_middle_leaves_nothing_to_the_next(name):
     used = make(name)
     run(used, name, range(1))
@@ -78,6 +79,7 @@ def test_an_error_in_the_middle_leaves_nothing_to_the_next(name):
     assert torch.equal(run(used, name), run(make(name), name))
 
 
+@pytest.mark.works_with("guidance in two calls without names")
 def test_two_passes_a_step_need_no_names(name):
     model = make(name)
     outputs = [[], []]
@@ -89,6 +91,7 @@ def test_two_passes_a_step_need_no_names(name):
         assert torch.equal(torch.stack(got), run(make(name), name, prompt=prompt))
 
 
+@pytest.mark.works_with("several threads on one model")
 def test_threads_have_runs_of_their_own():
     name = "FluxTransformer2DModel"
     model, answers = make(name), {}
@@ -117,6 +120,7 @@ def test_a_reset_forgets_the_run_in_every_thread(name):
     assert torch.equal(out, run(make(name, is_cached=False), name, [2])[0])
 
 
+@pytest.mark.works_with("another number of steps than the policy's")
 def test_the_number_of_steps_follows_the_scheduler(name):
     class Scheduler:
         timesteps = torch.tensor([900.0 - 60 * step for step in range(4)])
@@ -135,6 +139,7 @@ def test_the_number_of_steps_follows_the_scheduler(name):
 # --- copies ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.works_with("deep copies and pickles")
 def test_a_deep_copy_is_a_model_of_its_own(name):
     original = make(name)
     run(original, name, range(2))
@@ -176,6 +181,7 @@ def test_a_part_and_its_model_copied_together_go_on_without_the_original(name):
     assert torch.equal(run(copied, name), run(make(name), name))
 
 
+@pytest.mark.works_with("deep copies and pickles")
 def test_a_pickle_keeps_the_policy(name):
     model = make(name)
 
@@ -184,6 +190,7 @@ def test_a_pickle_keeps_the_policy(name):
     assert torch.equal(run(restored, name), run(make(name), name))
 
 
+@pytest.mark.works_with("`save_pretrained`")
 def test_a_saved_model_is_the_plain_one(name, tmp_path):
     model = make(name)
     model.save_pretrained(tmp_path)
@@ -205,6 +212,7 @@ def test_its_class_counts_as_its_own(name):
 # --- neighbours -----------------------------------------------------------------------------------
 
 
+@pytest.mark.works_with("group offloading")
 @pytest.mark.parametrize("order", ["before", "after"])
 @pytest.mark.parametrize("level", ["block_level", "leaf_level"])
 def test_group_offloading(name, level, order, tmp_path):
@@ -225,6 +233,7 @@ def test_group_offloading(name, level, order, tmp_path):
     torch.testing.assert_close(run(model, name), run(make(name), name), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.works_with("layerwise casting")
 @pytest.mark.parametrize("order", ["before", "after"])
 def test_layerwise_casting(name, order):
     def cast(model):
@@ -242,6 +251,7 @@ def test_layerwise_casting(name, order):
     torch.testing.assert_close(run(model, name), run(other, name), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.works_with("model offloading")
 @pytest.mark.parametrize("order", ["before", "after"])
 def test_model_offloading_that_puts_an_old_forward_back(name, order):
     class Noted(accelerate.hooks.ModelHook):
@@ -258,6 +268,24 @@ def test_model_offloading_that_puts_an_old_forward_back(name, order):
     plain = run(make(name), name)
     assert torch.equal(first, plain)
     assert torch.equal(second, plain)
+
+
+@pytest.mark.works_with("sequential offloading")
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_sequential_offloading(name, order):
+    """Weights lie on the meta device between the calls of their layers, and come back later."""
+    plain = FAMILIES[name].build()
+    apply_token_cache(plain, policy(), tier="as_is")
+    wanted = run(plain, name)
+    model = make(name, is_cached=order == "after")
+    accelerate.cpu_offload(model, torch.device("cpu"))
+    if order == "before":
+        apply_token_cache(model, policy())
+
+    assert next(model.transformer_blocks[0].parameters()).is_meta
+    assert torch.equal(run(model, name), wanted)
+    accelerate.hooks.remove_hook_from_module(model, recurse=True)
+    torch.testing.assert_close(run(model, name), wanted, rtol=1e-4, atol=1e-4)
 
 
 class Added(nn.Module):
@@ -305,6 +333,7 @@ def test_another_cache_is_refused_by_name():
         model.enable_cache(FirstBlockCacheConfig())
 
 
+@pytest.mark.works_with("another dtype between runs (`from_pipe`)")
 def test_a_change_of_dtype_between_runs(name):
     used, new = make(name), make(name, is_cached=False).to(torch.float64)
     run(used, name)
@@ -329,6 +358,7 @@ def test_a_change_of_dtype_between_runs(name):
     assert torch.equal(run_double(used), run_double(new))
 
 
+@pytest.mark.works_with("`torch.compile`")
 @pytest.mark.parametrize("order", ["before", "after"])
 def test_a_compiled_model_is_not_compiled_anew_in_later_runs(name, order):
     torch.compiler.reset()

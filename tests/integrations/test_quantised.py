@@ -91,7 +91,15 @@ def by_gguf(layer):
     return made, dequantize_gguf_tensor(made.weight)
 
 
-KINDS = [by_torchao, by_bitsandbytes_4bit, by_bitsandbytes_8bit, by_gguf]
+KINDS = [
+    pytest.param(kind, marks=pytest.mark.works_with(f"weights of {library}"))
+    for kind, library in [
+        (by_torchao, "torchao"),
+        (by_bitsandbytes_4bit, "bitsandbytes"),
+        (by_bitsandbytes_8bit, "bitsandbytes"),
+        (by_gguf, "GGUF"),
+    ]
+]
 
 
 def quantise(model, kind):

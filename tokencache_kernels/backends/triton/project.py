@@ -163,7 +163,9 @@ def _project_qkv_kernel(
     token = slot
     if indices_ptr is not None:
         slots = indices_ptr + batch * stride_ib + slot
-        token = tl.load(slots, mask=is_query | (not ALL_KEYS), other=-1)
+        # compared, since Triton 3.9's interpreter makes numbers of a flag that becomes a block
+        is_read = tl.broadcast_to(is_query | (not ALL_KEYS), [BLOCK_M]) != 0
+        token = tl.load(slots, mask=is_read, other=-1)
         if ALL_KEYS:
             token = tl.where(is_query, token, slot)
     is_live = (token >= 0) & (token < N)
@@ -194,7 +196,7 @@ def _project_qkv_kernel(
             cosine_rows = cosine_ptr + batch * stride_tb + token * stride_tn
             sine_rows = sine_ptr + batch * stride_tb + token * stride_tn
         # an empty slot has a query, which attention reads, and no key
-        is_row = (rows < num_rows) & (is_live | is_query)
+        is_row = (rows < num_rows) & ((is_live | is_query) != 0)
         PIECES: tl.constexpr = count_pieces(partials_ptr is not None, BLOCK_N, BLOCK_E)
         for piece in tl.static_range(PIECES):
             total = complete_piece(
