@@ -53,7 +53,7 @@ class Environment:
 
     @property
     def requirements(self) -> list[str]:
-        """What pip is asked for, torch first and alone."""
+        """The requirements that pip is given, after torch."""
         return [f"triton=={self.triton}", f"diffusers=={self.diffusers}", self.numpy, *TOOLS]
 
 
