@@ -60,7 +60,8 @@ compile-check: setup  # every Triton kernel and launch setting, for every archit
 
 # pytest last: its summary is the last line
 test: lint types compile-check  # everything that needs no GPU
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
+	@# a worker has died twice without a word in some ten thousand tests: what failed runs once more, alone
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 || OMP_NUM_THREADS=1 $(PY) -m pytest --last-failed --last-failed-no-failures none
 
 # Python loads AddressSanitizer first; and libstdc++, whose exceptions it must find from the start.
 ASAN = $(foreach name,libasan.so libstdc++.so,$(shell $${CXX:-c++} -print-file-name=$(name)))
