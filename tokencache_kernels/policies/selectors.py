@@ -159,17 +159,8 @@ class ScoreSelector:
 DRAWN = ScoreSelector("predicted", normalize=False)
 
 
-@dataclass(frozen=True)
-class RandomSelector:
-    """Tokens drawn at random, anew for every site and step, whatever the features are.
-
-    The lists depend on the seed, the site, the step and the sample's place in the batch alone. They
-    are drawn on the host, hence equal on all devices, and nothing waits for the device.
-    ``shares_guidance`` gives both halves of the batch (conditional and not) the same lists.
-    """
-
-    seed: int = 0
-    shares_guidance: bool = True
+class _DrawnSelector:
+    """A selection by scores that are made before a step, from no statistic."""
 
     @property
     def base_score(self) -> BaseScore:
@@ -205,6 +196,23 @@ class RandomSelector:
         )
 
     def draw_scores(self, sites: Sequence[Site], step: Step, staleness: Tensor) -> Tensor:
+        """Make the scores of a step, in the shape of ``staleness``."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class RandomSelector(_DrawnSelector):
+    """Tokens drawn at random, anew for every site and step, whatever the features are.
+
+    The lists depend on the seed, the site, the step and the sample's place in the batch alone. They
+    are drawn on the host, hence equal on all devices, and nothing waits for the device.
+    ``shares_guidance`` gives both halves of the batch (conditional and not) the same lists.
+    """
+
+    seed: int = 0
+    shares_guidance: bool = True
+
+    def draw_scores(self, sites: Sequence[Site], step: Step, staleness: Tensor) -> Tensor:
         """Uniform scores of the shape of ``staleness``, on its device."""
         drawn = torch.empty(staleness.shape)
         rows = _halve(type(self).__name__, drawn) if self.shares_guidance else drawn[:, None]
@@ -219,7 +227,7 @@ class RandomSelector:
 
 
 @dataclass(frozen=True, eq=False)
-class GivenSelector:
+class GivenSelector(_DrawnSelector):
     """Tokens chosen by the caller, such as the region of an edit or some frames of a video.
 
     The policy's router still says how many tokens are fresh: those of the mask come first, by their
@@ -241,42 +249,9 @@ class GivenSelector:
             fail(type(self).__name__, "mask", "be bool of shape (M,) or (B, M)", got)
 
     @property
-    def base_score(self) -> BaseScore:
-        """No statistic is needed."""
-        return "none"
-
-    @property
-    def is_timeless(self) -> bool:
-        """True: the lists are made before a step."""
-        return True
-
-    @property
-    def draws_on_host(self) -> bool:
-        """True; see ``draw_scores``."""
-        return True
-
-    @property
     def shares_guidance(self) -> bool:
         """False: the mask says which samples have which tokens."""
         return False
-
-    def select_(
-        self,
-        scores: Tensor | None,
-        staleness: Tensor,
-        num_fresh: Tensor | None,
-        max_fresh: int,
-        *,
-        sites: Sequence[Site],
-        step: Step,
-        grid: Grid | None = None,
-        backend: str = "auto",
-    ) -> tuple[Tensor, Tensor]:
-        """Take the fresh tokens of one partial step; see ``Selector``."""
-        drawn = self.draw_scores(sites, step, staleness)
-        return DRAWN.select_(
-            drawn, staleness, num_fresh, max_fresh, sites=sites, step=step, backend=backend
-        )
 
     def draw_scores(self, sites: Sequence[Site], step: Step, staleness: Tensor) -> Tensor:
         """Score the mask's tokens 1 and the others 0, in the shape of ``staleness``."""
